@@ -1,0 +1,188 @@
+"""The keep mask of DARE: a function of the weights and the seed, of nothing else.
+
+Element ``i`` of a fine-tuned tensor is kept iff ``lane(key, i) < T - 2**15``:
+
+* ``key`` is a hash of the seed, the output tensor's name and the fine-tuned tensor itself
+  (:func:`mask_key`), so no path, position, order, thread or device plays a part.
+* word ``j`` of the key's stream is output ``j`` of SplitMix64 started at ``key`` (Steele, Lea,
+  Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It is computed from
+  ``j`` alone, without the words before it.
+* ``lane(key, i)`` is the ``i mod 4``-th 16 bits of word ``i div 4``, counted from the low end,
+  read as a signed integer (-2**15 to 2**15 - 1), which needs no conversion.
+* ``T`` (:func:`threshold`) is the density in units of 1 / 65536.
+
+A lower density keeps a subset of what a higher density keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANES_PER_WORD = 4
+LANE_VALUES = 1 << 16
+
+_GAMMA = 0x9E3779B97F4A7C15
+_WORD_BYTES = 8
+_FINGERPRINT_BLOCK = 1 << 15  # bytes under one checksum
+_FINGERPRINT_PIECE = 1 << 25  # bytes under one call
+
+
+def _signed(word: int) -> int:
+    """Return the 64-bit ``word`` as torch's int64 holds it."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
+# 0-dim tensors: torch calls with Python numbers take up to twice as long.
+_MULTIPLIER_1 = torch.tensor(_signed(0xBF58476D1CE4E5B9), dtype=torch.int64, device="cpu")
+_MULTIPLIER_2 = torch.tensor(_signed(0x94D049BB133111EB), dtype=torch.int64, device="cpu")
+# int64 shifts to the right copy the sign bit; the bit mask makes the shift a logical one.
+_SHIFTS = [
+    (
+        torch.tensor(count, dtype=torch.int64, device="cpu"),
+        torch.tensor((1 << (64 - count)) - 1, dtype=torch.int64, device="cpu"),
+    )
+    for count in (30, 27, 31)
+]
+
+
+def threshold(density: float) -> int:
+    """Return T, the number of the 65536 lane values that keep an element.
+
+    Args:
+        density: The fraction of elements to keep, from 0 to 1.
+
+    Returns:
+        ``round(density * 65536)``, but at least 1 for a density above 0. The density that is
+        met is ``T / 65536``; dividing survivors by just that keeps the estimate unbiased.
+
+    """
+    if density <= 0:
+        return 0
+    return min(LANE_VALUES, max(1, round(density * LANE_VALUES)))
+
+
+def mask_key(seed: int, name: str, tensor: Tensor) -> int:
+    """Return the 64-bit key of a fine-tuned tensor's mask.
+
+    The tensor's values are a part of it, so that models get independent masks wherever they
+    stand in a config, and so that a merge of merges draws anew on the same tensor name.
+
+    Args:
+        seed: Any integer.
+        name: The output tensor's name.
+        tensor: The fine-tuned tensor: any shape, strides, floating-point dtype and device.
+
+    Returns:
+        The first 8 bytes of a BLAKE2b hash, little-endian.
+
+    """
+    header = repr((seed, name, str(tensor.dtype), tuple(tensor.shape))).encode()
+    digest = hashlib.blake2b(header + b"\0", digest_size=8, person=b"mergekit-dare/1")
+    for part in _fingerprint(tensor):
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _fingerprint(tensor: Tensor) -> list[bytes]:
+    """Return a checksum of each 32 KiB of the tensor's bytes in row order, then the rest as is.
+
+    A checksum is the wrapping int64 sum of a block's 8-byte words. Integer sums come out equal
+    in every order, hence on every device and number of threads, at the speed of memory.
+    """
+    values = tensor.detach().reshape(-1)
+    size = values.element_size()
+    whole = values.numel() * size // _FINGERPRINT_BLOCK * _FINGERPRINT_BLOCK // size
+    return [_bytes(part) for part in (*_block_sums(values[:whole]), values[whole:])]
+
+
+def _block_sums(values: Tensor) -> Iterator[Tensor]:
+    piece_elements = _FINGERPRINT_PIECE // values.element_size()
+    for start in range(0, values.numel(), piece_elements):
+        piece = values[start : start + piece_elements]
+        if piece.storage_offset() * piece.element_size() % _WORD_BYTES:  # no view as words
+            piece = piece.clone()
+        yield piece.view(torch.int64).view(-1, _FINGERPRINT_BLOCK // _WORD_BYTES).sum(dim=1)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+
+
+@dataclass
+class MaskBuffers:
+    """Scratch space for the masks of up to ``capacity`` elements.
+
+    Attributes:
+        steps: int64, shape (words,): (j + 1) * gamma, SplitMix64's state before its key.
+        words: int64, shape (words,).
+        shifted: int64, shape (words,).
+
+    """
+
+    steps: Tensor
+    words: Tensor
+    shifted: Tensor
+
+    @classmethod
+    def allocate(cls, capacity: int, device: torch.device) -> MaskBuffers:
+        """Allocate for ``capacity`` elements, a multiple of 4, on ``device``."""
+        count = capacity // LANES_PER_WORD
+        steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+        steps.mul_(_signed(_GAMMA))
+        return cls(steps, torch.empty_like(steps), torch.empty_like(steps))
+
+
+def splitmix64(key: int, start: int, count: int, buffers: MaskBuffers) -> Tensor:
+    """Return outputs ``start`` to ``start + count - 1`` of SplitMix64 with state ``key``.
+
+    Args:
+        key: The 64-bit state before the first output.
+        start: Index of the first word, counted from 0.
+        count: Number of words, within the capacity of ``buffers``.
+        buffers: Overwritten; the result is a view of it.
+
+    Returns:
+        int64, shape (count,): the 64-bit outputs, as torch's signed integers.
+
+    """
+    state = torch.tensor(_signed(key + start * _GAMMA), dtype=torch.int64, device="cpu")
+    shifted = buffers.shifted[:count]
+    z = torch.add(buffers.steps[:count], state, out=buffers.words[:count])
+    _xor_shift(z, 0, shifted).mul_(_MULTIPLIER_1)
+    _xor_shift(z, 1, shifted).mul_(_MULTIPLIER_2)
+    return _xor_shift(z, 2, shifted)
+
+
+def _xor_shift(z: Tensor, step: int, shifted: Tensor) -> Tensor:
+    count, low_bits = _SHIFTS[step]
+    torch.bitwise_right_shift(z, count, out=shifted)
+    return z.bitwise_xor_(shifted.bitwise_and_(low_bits))
+
+
+def keep_mask(key: int, t: int, start: int, out: Tensor, buffers: MaskBuffers) -> Tensor:
+    """Write the keep mask of ``out.numel()`` elements from element ``start`` on into ``out``.
+
+    Args:
+        key: The tensor's key, from :func:`mask_key`.
+        t: The density in units of 1 / 65536, from :func:`threshold`.
+        start: Index of the first element in the tensor in row order, a multiple of 4.
+        out: Shape (elements,), any dtype: becomes 1 where an element is kept, else 0.
+        buffers: Scratch space; overwritten.
+
+    Returns:
+        ``out``.
+
+    """
+    if t >= LANE_VALUES:
+        return out.fill_(1)
+    elements = out.numel()
+    words = -(-elements // LANES_PER_WORD)
+    stream = splitmix64(key, start // LANES_PER_WORD, words, buffers)
+    lanes = stream.view(torch.int16)[:elements]
+    return out.copy_(lanes.lt_(t - LANE_VALUES // 2))

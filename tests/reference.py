@@ -1,0 +1,126 @@
+"""DARE written a second time, in plain Python and float64, to compare the product with.
+
+Nothing here imports the product's merging or masks: the mask is computed word by word with
+Python integers from the definition in the documentation, the merge with float64 tensors that
+hold every model's terms.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+U64 = (1 << 64) - 1
+
+
+def splitmix64(state: int, count: int) -> list[int]:
+    """The first outputs of the sequential generator, as its authors wrote it."""
+    outputs = []
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & U64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & U64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & U64
+        outputs.append(z ^ (z >> 31))
+    return outputs
+
+
+def mask_key(seed: int, name: str, tensor: Tensor) -> int:
+    """The key of a tensor's mask from its bytes."""
+    data = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+    header = repr((seed, name, str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0"
+    whole = len(data) // 32768 * 32768
+    sums = b""
+    for start in range(0, whole, 32768):
+        words = struct.unpack("<4096q", data[start : start + 32768])
+        sums += struct.pack("<Q", sum(words) & U64)
+    digest = hashlib.blake2b(header, digest_size=8, person=b"mergekit-dare/1")
+    digest.update(sums + data[whole:])
+    return int.from_bytes(digest.digest(), "little")
+
+
+def keep_mask(key: int, density: float, count: int) -> list[bool]:
+    """Which of ``count`` elements are kept."""
+    threshold = round(density * 65536)
+    if density > 0:
+        threshold = max(1, threshold)
+    lanes = []
+    for word in splitmix64(key, -(-count // 4)):
+        for lane in range(4):
+            unsigned = (word >> (16 * lane)) & 0xFFFF
+            lanes.append(unsigned - 65536 if unsigned >= 32768 else unsigned)
+    return [lane < threshold - 32768 for lane in lanes[:count]]
+
+
+@dataclass
+class Merged:
+    """The merged values and how far a correct implementation may be from them.
+
+    Attributes:
+        values: float64.
+        error: float64: the rounding that arithmetic with a relative error of ``unit`` and
+            one rounding to the output's dtype can make, per element.
+        doubtful: Where the sum that elects the sign is too close to 0 to call.
+
+    """
+
+    values: Tensor
+    error: Tensor
+    doubtful: Tensor
+
+
+def merge(
+    base: Tensor,
+    models: Sequence[Tensor],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    combine: str,
+    normalize: bool,
+    rescale: bool,
+    lambda_: float,
+    seed: int,
+    name: str,
+) -> Merged:
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    unit = torch.finfo(wide).eps
+    theta_0 = base.double()
+    hats = []
+    for theta, weight, density in zip(models, weights, densities, strict=True):
+        delta = torch.where(theta == base, 0.0, theta.double() - theta_0)
+        if density == 1:
+            mask = torch.ones(delta.shape, dtype=torch.bool)
+        else:
+            kept = keep_mask(mask_key(seed, name, theta), density, delta.numel())
+            mask = torch.tensor(kept, dtype=torch.bool).reshape(delta.shape)
+        met = max(1, round(density * 65536)) / 65536
+        factor = weight / met if rescale and density > 0 else weight
+        hats.append(torch.where(mask & (density > 0), delta * factor, 0.0))
+    stacked = torch.stack(hats)
+    total = stacked.sum(0)
+    magnitude = stacked.abs().sum(0)
+    column = torch.tensor(weights, dtype=torch.float64).reshape(-1, *[1] * base.dim())
+    if combine == "linear":
+        merged = total
+        divisor = torch.full_like(theta_0, math.fsum(weights))
+        divisor[divisor.abs() < 1e-8] = 1
+        doubtful = torch.zeros_like(total, dtype=torch.bool)
+    else:
+        sign = torch.where(total >= 0, 1.0, -1.0)
+        agrees = torch.sign(stacked) == sign
+        merged = (stacked * agrees).sum(0)
+        divisor = (column * agrees).sum(0)
+        divisor[divisor == 0] = 1
+        doubtful = (magnitude > 0) & (total.abs() < 8 * unit * magnitude)
+    scale = torch.as_tensor(lambda_, dtype=torch.float64)
+    if normalize:
+        scale = scale / divisor
+    values = theta_0 + scale * merged
+    inner = 4 * unit * (len(models) + 2) * (theta_0.abs() + scale.abs() * magnitude)
+    info = torch.finfo(base.dtype)
+    rounding = torch.clamp(values.abs() * info.eps / 2, min=info.smallest_normal * info.eps)
+    return Merged(values, inner + rounding, doubtful)

@@ -47,7 +47,8 @@ class DareParameter(ParameterSpec):  # type: ignore[misc, unused-ignore]
             converted = None
         problem = _problem(self.name, value, converted)
         if problem is not None:
-            raise ValueError(f"{self.name}{_planned_for()} is {value!r}, but {problem}")
+            planned_for = _planned_for(per_model=self.scope == ParameterScope.NON_BASE)
+            raise ValueError(f"{self.name}{planned_for} is {value!r}, but {problem}")
         return converted
 
 
@@ -61,15 +62,15 @@ def _problem(name: str, value: Any, converted: Any) -> str | None:
         kind = "true or false" if name in ("int8_mask", "normalize", "rescale") else "a number"
         return f"must be {kind}"
     if name == "density" and not 0 <= converted <= 1:
-        hint = f"; did you mean {converted / 100:g}?" if 1 < converted <= 100 else ""
-        hint = "; did you mean 1.0?" if converted == 100 else hint
+        percentage = 2 <= converted <= 100
+        hint = f"; did you mean {float(f'{converted / 100:g}')}?" if percentage else ""
         return f"must be from 0 to 1: it is the fraction of the deltas to keep{hint}"
     if name in ("weight", "lambda") and not math.isfinite(converted):
         return "must be a finite number"
     return None
 
 
-def _planned_for() -> str:
+def _planned_for(per_model: bool) -> str:
     """Return `` of model M for tensor T`` for the value that mergekit is just resolving.
 
     mergekit tells a parameter no more than the value, but its callers know the rest. They are
@@ -77,18 +78,16 @@ def _planned_for() -> str:
     """
     model = tensor = None
     frame = inspect.currentframe()
-    while frame is not None and (model is None or tensor is None):
-        names = frame.f_locals
+    while frame is not None and (tensor is None or (per_model and model is None)):
         if frame.f_globals.get("__name__", "").startswith("mergekit."):
+            names = frame.f_locals
             model = names.get("model", names.get("key")) if model is None else model
             if tensor is None:
-                group = names.get("group")
-                metadata = getattr(group, "metadata", None)
+                metadata = getattr(names.get("group"), "metadata", None)
                 tensor = names.get("tensor_name") or getattr(metadata, "name", None)
         frame = frame.f_back
-    return (f" of model {model}" if model is not None else "") + (
-        f" for tensor {tensor}" if tensor is not None else ""
-    )
+    of_model = f" of model {model}" if per_model and model is not None else ""
+    return of_model + (f" for tensor {tensor}" if tensor is not None else "")
 
 
 class DareMethod(GroupMergeMethod):  # type: ignore[misc, unused-ignore]

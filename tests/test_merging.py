@@ -69,7 +69,7 @@ def assert_matches_reference(
     weights: list[float],
     densities: list[float],
     settings: Recipe,
-    most_doubtful: float = 0.001,
+    most_doubtful: float = 0.01,
 ) -> None:
     actual = merging.merge(base, models(tuned, weights, densities), settings)
     expected = reference.merge(

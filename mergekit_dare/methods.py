@@ -154,17 +154,27 @@ class DareMethod(GroupMergeMethod):  # type: ignore[misc, unused-ignore]
             FineTuned(str(entry.id), entry.tensor, weights[entry.id], densities[entry.id])
             for entry in group.non_base
         ]
-        seed = parameters["seed"]
+        seed: int | None = parameters["seed"]
         recipe = Recipe(
             combine=self.combine,
             tensor_name=group.metadata.name or "",
-            # mergekit's --random-seed seeds torch; initial_seed() reads it without a draw.
-            seed=torch.initial_seed() if seed is None else seed,
+            seed=_seed_of_torch() if seed is None else seed,
             normalize=parameters["normalize"],
             rescale=parameters["rescale"],
             lambda_=parameters["lambda"],
         )
         return gradients.merge(group.base.tensor, models, recipe)
+
+
+def _seed_of_torch() -> int:
+    """Return the seed that torch was given, as by mergekit's ``--random-seed``, else 0.
+
+    ``torch.initial_seed()`` reads it without a draw. A process that was given none starts with
+    64 random bits, which would make every merge another one. Seeds that were given are those
+    under 2**32: ``--random-seed`` takes no others, and random bits are so once in 2**32.
+    """
+    seed = torch.initial_seed()
+    return seed if seed < 1 << 32 else 0
 
 
 dare_linear = DareMethod("dare_linear", "DARE-linear", Combine.LINEAR)

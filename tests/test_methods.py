@@ -120,11 +120,16 @@ def test_rescale_is_one_over_density() -> None:
 @METHODS
 def test_seed_parameter_then_torchs_seed(method: DareMethod) -> None:
     base, tuned = family(2, 2000)
+    torch.manual_seed(2**40 + 1)  # as a process that was given no seed, which has 64 random bits
     default = merge(method, base, tuned, density=0.5)
-    given = torch.initial_seed()
-    assert_same_bits(merge(method, base, tuned, density=0.5, seed=given), default)
-    torch.rand(10)  # draws do not move the seed
+    assert_same_bits(merge(method, base, tuned, density=0.5, seed=0), default)
+    torch.manual_seed(2**50 + 1)
     assert_same_bits(merge(method, base, tuned, density=0.5), default)
+    torch.manual_seed(2**32 - 1)
+    largest = merge(method, base, tuned, density=0.5)
+    assert_same_bits(merge(method, base, tuned, density=0.5, seed=2**32 - 1), largest)
+    torch.rand(10)  # draws do not move the seed
+    assert_same_bits(merge(method, base, tuned, density=0.5), largest)
     torch.manual_seed(7)
     seven = merge(method, base, tuned, density=0.5)
     assert_same_bits(merge(method, base, tuned, density=0.5, seed=7), seven)

@@ -8,8 +8,6 @@ This module runs at each start of Python, so it imports nothing but what Python 
 already loaded, and nothing that goes wrong in it may break an import.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -47,9 +45,9 @@ class _HostFinder:
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None = None,
-        target: ModuleType | None = None,
-    ) -> ModuleSpec | None:
+        path: "Sequence[str] | None" = None,
+        target: "ModuleType | None" = None,
+    ) -> "ModuleSpec | None":
         """Return the spec that the other finders find, with registration after its execution."""
         if fullname != HOST_MODULE:
             return None
@@ -63,15 +61,15 @@ class _HostFinder:
         return spec
 
 
-def _register_after(spec: ModuleSpec) -> None:
+def _register_after(spec: "ModuleSpec") -> None:
     loader = spec.loader
     assert loader is not None
     exec_module = loader.exec_module
 
-    def exec_module_and_register(module: ModuleType) -> None:
+    def exec_module_and_register(module: "ModuleType") -> None:
+        del loader.exec_module
         exec_module(module)
-        if module.__name__ == HOST_MODULE:
-            _register()
+        _register()
 
     try:
         loader.exec_module = exec_module_and_register  # type: ignore[method-assign]

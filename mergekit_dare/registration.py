@@ -65,7 +65,7 @@ def _entry_points() -> list[EntryPoint]:
 
 def _register_entry_point(entry_point: EntryPoint) -> bool:
     global _deferred
-    if _is_half_imported(entry_point.module):
+    if _is_half_imported(entry_point):
         if entry_point.name in OURS:
             _deferred = True
         else:
@@ -93,9 +93,10 @@ def _register_entry_point(entry_point: EntryPoint) -> bool:
     return True
 
 
-def _is_half_imported(module_name: str) -> bool:
-    module = sys.modules.get(module_name)
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+def _is_half_imported(entry_point: EntryPoint) -> bool:
+    module = sys.modules.get(entry_point.module)
+    initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
+    return bool(initializing) and not hasattr(module, entry_point.attr)
 
 
 def _replace(method: Any) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mergekit_dare import gradients, merging
+from mergekit_dare.masks import mask_key
 from mergekit_dare.merging import Combine
 from tests.test_merging import BOTH, assert_same_bits, family, models, randn, recipe
 
@@ -23,7 +24,7 @@ def test_equal_finite_differences(combine: Combine, normalize: bool, rescale: bo
     loss = gradients.merge(base, models(tuned, WEIGHTS, 0.6), settings).square().sum()
     actual = torch.autograd.grad(loss, inputs)
 
-    keys = [merging.mask_key(42, "w", theta) for theta in tuned]
+    keys = [mask_key(42, "w", theta) for theta in tuned]
     step = 1e-6
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for index, (tensor, gradient) in enumerate(zip(inputs, actual, strict=True)):

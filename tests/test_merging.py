@@ -489,7 +489,7 @@ def test_memory_beside_inputs_and_output() -> None:
         with torch.profiler.profile(profile_memory=True) as profile:
             merged = merging.merge(base, models(tuned, 0.1, 0.5), recipe(Combine.TIES))
         live = peak = 0
-        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        for event in profile.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 live += event.nbytes()
                 peak = max(peak, live)

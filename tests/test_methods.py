@@ -68,7 +68,7 @@ def test_registered_in_place_of_the_built_in(method: DareMethod) -> None:
     assert mergekit.merge_methods.get(method.spec.name) is method
     names = [m.spec.name for m in mergekit.merge_methods.registered_methods()]
     assert names.count(method.spec.name) == 1
-    assert f"(mergekit-dare {__version__})" in method.spec.pretty_name
+    assert f"(mergekit-dare {__version__})" in str(method.spec.pretty_name)
 
 
 @METHODS

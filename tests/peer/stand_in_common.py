@@ -85,6 +85,8 @@ def run_and_check_merge(
         assert loader.index.tensor_paths
         if check_nan and check_tensors:
             for name in loader.index.tensor_paths:
-                assert loader.get_tensor(name).isfinite().all(), name
+                tensor = loader.get_tensor(name)
+                assert tensor is not None
+                assert tensor.isfinite().all(), name
         if validate is not None:
             validate(out)

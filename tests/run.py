@@ -1,0 +1,32 @@
+"""Set up what the tests need and run them.
+
+Usage: python3 tests/run.py [PYTEST ARGUMENTS]
+
+Needs Python 3.10 or later and nothing else; can be run again. ``-m "not slow"`` is the quick
+selection; ``--check`` runs the linter and the type checker as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from environment import prepare, run
+
+
+def main(arguments: list[str]) -> None:
+    """Install the project with its test extra, then run pytest with ``arguments``."""
+    programs = prepare("-e", ".[test]")
+    python = str(programs / "python")
+    if "--check" in arguments:
+        arguments.remove("--check")
+        run(python, "-m", "ruff", "check", ".")
+        run(python, "-m", "ruff", "format", "--check", ".")
+        run(python, "-m", "mypy")
+    run(python, "-m", "pytest", *arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

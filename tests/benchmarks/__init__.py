@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside mergekit's built-ins, alternating in one run on one machine."""

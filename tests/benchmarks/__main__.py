@@ -1,0 +1,30 @@
+"""``python -m tests.benchmarks kernel|memory|process [OPTIONS]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+SECTIONS = {
+    "kernel": "time of merging one tensor",
+    "memory": "peak memory of merging one tensor, beside inputs and output",
+    "process": "wall time and peak memory of whole mergekit-yaml runs",
+}
+
+
+def main() -> None:
+    """Run one section and print its tables, or all figures as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    sections = parser.add_subparsers(required=True, metavar="SECTION")
+    for name, description in SECTIONS.items():
+        section = sections.add_parser(name, help=description, description=description)
+        section.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        module = importlib.import_module(f"tests.benchmarks.{name}")
+        module.add_arguments(section)
+        section.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

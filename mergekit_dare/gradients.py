@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mergekit_dare import merging
-from mergekit_dare.masks import keep_mask
+from mergekit_dare.masks import MaskBuffers, keep_mask
 from mergekit_dare.merging import Buffers, Combine, FineTuned, Recipe, Term
 
 
@@ -67,13 +67,14 @@ def _backward(
     terms = merging.terms_of(models, recipe)
     theta_0 = base.reshape(-1)
     dtype = merging.work_dtype(theta_0, terms)
-    buffers = Buffers.of_this_thread(base.device, dtype)
+    mask_buffers = Buffers.of_this_thread(base.device, dtype).mask_buffers
     gradients = [to_model[term.model].view(-1) for term in terms]
-    for start in range(0, theta_0.numel(), buffers.capacity):
-        part = slice(start, start + buffers.capacity)
+    for start in range(0, theta_0.numel(), mask_buffers.elements):
+        part = slice(start, start + mask_buffers.elements)
         g = grad.reshape(-1)[part].to(dtype)
         rest = g.clone()
         thetas = [term.theta[part] for term in terms]
+        buffers = mask_buffers.first(g.numel())
         factors = _factors(start, theta_0[part].to(dtype), thetas, terms, recipe, buffers)
         for a, gradient in zip(factors, gradients, strict=True):
             gradient[part] = a * g
@@ -87,13 +88,10 @@ def _factors(
     thetas: Sequence[Tensor],
     terms: Sequence[Term],
     recipe: Recipe,
-    buffers: Buffers,
+    buffers: MaskBuffers,
 ) -> list[Tensor]:
     """Return a_k of one chunk for each term."""
-    masks = [
-        keep_mask(term.key, term.t, start, torch.empty_like(base), buffers.mask_buffers)
-        for term in terms
-    ]
+    masks = [keep_mask(term.key, term.t, start, torch.empty_like(base), buffers) for term in terms]
     if recipe.combine is Combine.LINEAR:
         return [m * term.factor for m, term in zip(masks, terms, strict=True)]
     # The same roundings in the same order as in merging, so that the same signs are elected.

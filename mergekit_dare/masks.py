@@ -50,6 +50,9 @@ _SHIFTS = [
     for count in (30, 27, 31)
 ]
 
+# T - 2**15 for each T: what a lane is compared with.
+_LANE_THRESHOLDS = torch.arange(-(1 << 15), 1 << 15, device="cpu").to(torch.int16)
+
 
 def threshold(density: float) -> int:
     """Return T, the number of the 65536 lane values that keep an element.
@@ -98,6 +101,8 @@ def _fingerprint(tensor: Tensor) -> list[bytes]:
     values = tensor.detach().reshape(-1)
     size = values.element_size()
     whole = values.numel() * size // _FINGERPRINT_BLOCK * _FINGERPRINT_BLOCK // size
+    if whole == 0:
+        return [_bytes(values)]
     return [_bytes(part) for part in (*_block_sums(values[:whole]), values[whole:])]
 
 
@@ -111,49 +116,64 @@ def _block_sums(values: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return bytes(tensor.view(torch.uint8).cpu().numpy().tobytes())
 
 
 @dataclass
 class MaskBuffers:
-    """Scratch space for the masks of up to ``capacity`` elements.
+    """Scratch space for the masks of some elements, a multiple of 4 of them or fewer.
 
     Attributes:
-        steps: int64, shape (words,): (j + 1) * gamma, SplitMix64's state before its key.
+        elements: How many.
+        steps: int64, shape (words,): (j + 1) * gamma, SplitMix64's state less its key.
         words: int64, shape (words,).
+        lanes: int16, shape (elements,): the same memory as ``words``.
         shifted: int64, shape (words,).
 
     """
 
+    elements: int
     steps: Tensor
     words: Tensor
+    lanes: Tensor
     shifted: Tensor
 
     @classmethod
-    def allocate(cls, capacity: int, device: torch.device) -> MaskBuffers:
-        """Allocate for ``capacity`` elements, a multiple of 4, on ``device``."""
-        count = capacity // LANES_PER_WORD
+    def allocate(cls, elements: int, device: torch.device) -> MaskBuffers:
+        """Allocate for up to ``elements`` elements on ``device``."""
+        count = -(-elements // LANES_PER_WORD)
         steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
         steps.mul_(_signed(_GAMMA))
-        return cls(steps, torch.empty_like(steps), torch.empty_like(steps))
+        words = torch.empty_like(steps)
+        lanes = words.view(torch.int16)[:elements]
+        return cls(elements, steps, words, lanes, torch.empty_like(steps))
+
+    def first(self, elements: int) -> MaskBuffers:
+        """Return views of the part for the first ``elements`` elements."""
+        count = -(-elements // LANES_PER_WORD)
+        return MaskBuffers(
+            elements,
+            self.steps[:count],
+            self.words[:count],
+            self.lanes[:elements],
+            self.shifted[:count],
+        )
 
 
-def splitmix64(key: int, start: int, count: int, buffers: MaskBuffers) -> Tensor:
-    """Return outputs ``start`` to ``start + count - 1`` of SplitMix64 with state ``key``.
+def splitmix64(key: int, start: int, buffers: MaskBuffers) -> Tensor:
+    """Return outputs of SplitMix64 with state ``key``, as many as ``buffers`` has words.
 
     Args:
         key: The 64-bit state before the first output.
         start: Index of the first word, counted from 0.
-        count: Number of words, within the capacity of ``buffers``.
-        buffers: Overwritten; the result is a view of it.
+        buffers: Scratch space; overwritten.
 
     Returns:
-        int64, shape (count,): the 64-bit outputs, as torch's signed integers.
+        ``buffers.words``: the 64-bit outputs, as torch's signed integers.
 
     """
-    state = torch.tensor(_signed(key + start * _GAMMA), dtype=torch.int64, device="cpu")
-    shifted = buffers.shifted[:count]
-    z = torch.add(buffers.steps[:count], state, out=buffers.words[:count])
+    z, shifted = buffers.words, buffers.shifted
+    torch.add(buffers.steps, _signed(key + start * _GAMMA), out=z)
     _xor_shift(z, 0, shifted).mul_(_MULTIPLIER_1)
     _xor_shift(z, 1, shifted).mul_(_MULTIPLIER_2)
     return _xor_shift(z, 2, shifted)
@@ -166,13 +186,13 @@ def _xor_shift(z: Tensor, step: int, shifted: Tensor) -> Tensor:
 
 
 def keep_mask(key: int, t: int, start: int, out: Tensor, buffers: MaskBuffers) -> Tensor:
-    """Write the keep mask of ``out.numel()`` elements from element ``start`` on into ``out``.
+    """Write the keep mask of some elements of a tensor into ``out``.
 
     Args:
         key: The tensor's key, from :func:`mask_key`.
         t: The density in units of 1 / 65536, from :func:`threshold`.
         start: Index of the first element in the tensor in row order, a multiple of 4.
-        out: Shape (elements,), any dtype: becomes 1 where an element is kept, else 0.
+        out: Shape (buffers.elements,), any dtype: becomes 1 where an element is kept, else 0.
         buffers: Scratch space; overwritten.
 
     Returns:
@@ -181,8 +201,5 @@ def keep_mask(key: int, t: int, start: int, out: Tensor, buffers: MaskBuffers) -
     """
     if t >= LANE_VALUES:
         return out.fill_(1)
-    elements = out.numel()
-    words = -(-elements // LANES_PER_WORD)
-    stream = splitmix64(key, start // LANES_PER_WORD, words, buffers)
-    lanes = stream.view(torch.int16)[:elements]
-    return out.copy_(lanes.lt_(t - LANE_VALUES // 2))
+    splitmix64(key, start // LANES_PER_WORD, buffers)
+    return out.copy_(buffers.lanes.lt_(_LANE_THRESHOLDS[t]))

@@ -311,15 +311,14 @@ def test_chunk_borders(
         monkeypatch.undo()
         expected = merging.merge(base, entries, settings)
         for chunk in (4, 8, 1020, 1024, 3076, 3080):
-            monkeypatch.setattr(merging, "CPU_CHUNK", chunk)
-            monkeypatch.setattr(merging, "_PER_THREAD", type(merging._PER_THREAD)())
+            monkeypatch.setattr(merging, "LARGEST_CPU_CHUNK", chunk)
             assert_same_bits(merging.merge(base, entries, settings), expected)
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_threads(combine: Combine, dtype: torch.dtype) -> None:
-    base, tuned = family(3, merging.CPU_CHUNK * 2 + 12345, dtype=dtype)
+    base, tuned = family(3, merging.CPU_CHUNK_PER_THREAD * 4 + 12345, dtype=dtype)
     entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
     threads = torch.get_num_threads()
     try:
@@ -494,4 +493,4 @@ def test_memory_beside_inputs_and_output() -> None:
                 live += event.nbytes()
                 peak = max(peak, live)
         peaks.append(peak - merged.nbytes)
-    assert all(peak < 16 << 20 for peak in peaks), peaks
+    assert all(peak < 48 << 20 for peak in peaks), peaks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_dare import merging
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 
@@ -33,6 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     rows = []
     for name, method in tqdm(candidates.methods().items(), file=sys.stderr):
         candidates.merge(method, small)()  # what is loaded once is not a part of the merge
+        vars(merging._PER_THREAD).clear()  # but the buffers that we keep are
+        if arguments.device == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be had for nothing
         merge = candidates.merge(method, inputs)
         peak = _peak_on_cpu(merge) if arguments.device == "cpu" else _peak_on_cuda(merge)
         row: dict[str, Any] = {"method": name, "elements": arguments.elements}

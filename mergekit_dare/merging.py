@@ -190,22 +190,16 @@ def _merge_chunks(
         b = buffers.first(out_chunk.numel())
         base = base_chunk if base_chunk.dtype == b.dtype else b.base.copy_(base_chunk)
         for term, theta in zip(terms, theta_chunks, strict=True):
-            x = _delta(theta, base, out=b.delta)
+            delta = _delta(theta, base, out=b.delta)
             if equal_infinities:
-                x.masked_fill_(theta == base_chunk, 0)
-            x.mul_(term.factor)
+                delta.masked_fill_(theta == base_chunk, 0)
             m = keep_mask(term.key, term.t, start, b.mask, b.mask_buffers)
-            first = term is terms[0]
-            _accumulate(b.sum, m, x, first)
-            if recipe.combine is Combine.TIES:
-                if recipe.normalize:
-                    _accumulate_weights(b, m, x, term.model.weight, first)
-                _accumulate(b.magnitudes, m, x.abs_(), first)
+            _add_term(b, m, delta.mul_(term.factor), term, recipe, first=term is terms[0])
         result = out_chunk if out_chunk.dtype == b.dtype else b.delta
-        if recipe.combine is Combine.TIES:
-            torch.add(base, _twice_elected_sum(b, recipe), alpha=0.5, out=result)
-        else:
+        if recipe.combine is Combine.LINEAR:
             torch.add(base, b.sum, out=result)
+        else:
+            torch.add(base, _twice_elected_sum(b, recipe), alpha=0.5, out=result)
         extremes += torch.aminmax(result)
         if result is not out_chunk:
             out_chunk.copy_(result)
@@ -218,6 +212,18 @@ def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:
     if theta.dtype == out.dtype:
         return torch.sub(theta, base, out=out)
     return out.copy_(theta).sub_(base)
+
+
+def _add_term(b: Buffers, m: Tensor, x: Tensor, term: Term, recipe: Recipe, *, first: bool) -> None:
+    """Add w_k hat_k = m_k x_k to the sum and, for TIES, to what decides the election."""
+    _accumulate(b.sum, m, x, first)
+    if recipe.combine is Combine.TIES:
+        if recipe.normalize:
+            _accumulate_weights(b, m, x, term.model.weight, first)
+        if first:
+            torch.abs(b.sum, out=b.magnitudes)
+        else:
+            b.magnitudes.addcmul_(m, x.abs_())
 
 
 def _accumulate(total: Tensor, m: Tensor, x: Tensor, first: bool) -> None:

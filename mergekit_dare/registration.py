@@ -118,7 +118,7 @@ def _host_problem() -> str | None:
         found = version("mergekit")
     except PackageNotFoundError:  # a source tree on PYTHONPATH; its registry decides
         found = None
-    if found is not None and _numbers(found) < OLDEST_MERGEKIT:
+    if found is not None and is_too_old(found):
         return (
             f"mergekit {found} is too old; "
             f"upgrade with: pip install --upgrade 'mergekit>={_dotted(OLDEST_MERGEKIT)}'"
@@ -130,8 +130,10 @@ def _host_problem() -> str | None:
     return None
 
 
-def _numbers(version_text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version_text)[:3])
+def is_too_old(mergekit_version: str) -> bool:
+    """Tell whether a version of mergekit is older than any that we work with."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", mergekit_version)[:3])
+    return numbers < OLDEST_MERGEKIT
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

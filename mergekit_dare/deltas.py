@@ -1,0 +1,305 @@
+"""Streaming statistics of deltas: what decides whether DARE will work.
+
+The paper (arXiv 2311.03099, section 4.5) finds that DARE works where deltas are small: those of
+supervised fine-tuning (SFT) are mostly within 0.005, and drop rates of 0.9 and more do no harm;
+after continued pre-training they reach 0.03, and DARE becomes impractical.
+
+Every element is counted, none is sampled; memory is that of a few chunks beside the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SMALL, LARGE = 0.005, 0.03
+# An unrelated model's delta is as long as both models' weights together, a relative norm of 1.4;
+# fine-tuning moves a model by a few percent.
+UNRELATED_NORM = 0.5
+# A model is the odd one out if its relative norm is so many times the median of the others.
+OUTLIER_FACTOR = 10.0
+
+_CHUNK = 1 << 20
+# The magnitude's bin is its float32 without the low 16 bits: 128 bins for each power of two, so
+# that a bin is at most 0.8 % wide.
+_BIN_SHIFT = 16
+_BINS = 1 << (31 - _BIN_SHIFT)
+
+
+@dataclass
+class DeltaStatistics:
+    """What is known of one model's deltas, in one tensor or in all that were added.
+
+    Attributes:
+        count: Number of elements.
+        smallest: Least delta.
+        largest: Greatest delta.
+        magnitude_sum: Sum of |delta|.
+        square_sum: Sum of delta squared.
+        base_square_sum: Sum of the base's squared elements.
+        dot_base: Sum of delta times base.
+        zeros: Number of deltas that are exactly 0.
+        non_finite: Number of deltas that are NaN or infinite; they count nowhere else.
+        histogram: Number of |delta| in each bin; see :func:`bin_edges`.
+
+    """
+
+    count: int = 0
+    smallest: float = math.inf
+    largest: float = -math.inf
+    magnitude_sum: float = 0.0
+    square_sum: float = 0.0
+    base_square_sum: float = 0.0
+    dot_base: float = 0.0
+    zeros: int = 0
+    non_finite: int = 0
+    histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
+
+    def add_chunk(self, delta: Tensor, base: Tensor) -> None:
+        """Count the deltas of a chunk, float32, beside the base's elements."""
+        finite = torch.isfinite(delta)
+        if not bool(finite.all()):
+            self.non_finite += int((~finite).sum())
+            delta, base = delta[finite], base[finite]
+        if delta.numel() == 0:
+            return
+        wide, magnitude = delta.double(), delta.abs()
+        low, high = torch.aminmax(delta)
+        self.count += delta.numel()
+        self.smallest = min(self.smallest, float(low))
+        self.largest = max(self.largest, float(high))
+        self.magnitude_sum += float(wide.abs().sum())
+        self.square_sum += float(wide.square().sum())
+        self.base_square_sum += float(base.double().square().sum())
+        self.dot_base += float((wide * base.double()).sum())
+        self.zeros += int((delta == 0).sum())
+        bins = magnitude.view(torch.int32) >> _BIN_SHIFT
+        self.histogram += torch.bincount(bins, minlength=_BINS).cpu()
+
+    def add(self, other: DeltaStatistics) -> None:
+        """Count all that ``other`` has counted."""
+        self.count += other.count
+        self.smallest = min(self.smallest, other.smallest)
+        self.largest = max(self.largest, other.largest)
+        self.magnitude_sum += other.magnitude_sum
+        self.square_sum += other.square_sum
+        self.base_square_sum += other.base_square_sum
+        self.dot_base += other.dot_base
+        self.zeros += other.zeros
+        self.non_finite += other.non_finite
+        self.histogram += other.histogram
+
+    @property
+    def mean_magnitude(self) -> float:
+        """Mean of |delta|."""
+        return self.magnitude_sum / max(1, self.count)
+
+    @property
+    def root_mean_square(self) -> float:
+        """Root of the mean squared delta."""
+        return math.sqrt(self.square_sum / max(1, self.count))
+
+    @property
+    def relative_norm(self) -> float:
+        """L2 norm of the deltas over that of the base; infinite for a base of zeros."""
+        if self.base_square_sum == 0:
+            return math.inf if self.square_sum else 0.0
+        return math.sqrt(self.square_sum / self.base_square_sum)
+
+    @property
+    def zero_share(self) -> float:
+        """Fraction of the deltas that are exactly 0."""
+        return self.zeros / max(1, self.count)
+
+    def share_above(self, magnitude: float) -> float:
+        """Fraction of |delta| above ``magnitude``, to within the bin that it is in."""
+        bits = torch.tensor(magnitude, dtype=torch.float32).view(torch.int32)
+        first = (int(bits) >> _BIN_SHIFT) + 1
+        return int(self.histogram[first:].sum()) / max(1, self.count)
+
+    def quantile(self, fraction: float) -> float:
+        """Return the |delta| that ``fraction`` of the deltas do not exceed, exact to 0.4 %."""
+        if self.count == 0:
+            return math.nan
+        rank = max(1, math.ceil(fraction * self.count))
+        index = int(torch.searchsorted(self.histogram.cumsum(0), rank))
+        edges = bin_edges()
+        return 0.0 if index == 0 else float(edges[index] + edges[index + 1]) / 2
+
+
+def bin_edges() -> Tensor:
+    """Return the lower edges of the histogram's bins and the last one's upper edge.
+
+    float64, shape (bins + 1,). The first bin holds 0 and what is next to it (below 1e-40).
+    """
+    bits = torch.arange(_BINS, dtype=torch.int32) << _BIN_SHIFT
+    edges = bits.view(torch.float32).double()
+    return torch.cat([edges, torch.tensor([math.inf], dtype=torch.float64)])
+
+
+@dataclass
+class PairStatistics:
+    """How the deltas of two models relate.
+
+    Attributes:
+        dot: Sum of the products of the two deltas.
+        square_sums: Sum of squares of the one, and of the other.
+        both: Number of elements that both change.
+        conflicts: Number of those that they change in opposite directions.
+
+    """
+
+    dot: float = 0.0
+    square_sums: tuple[float, float] = (0.0, 0.0)
+    both: int = 0
+    conflicts: int = 0
+
+    def add_chunk(self, first: Tensor, second: Tensor) -> None:
+        """Count the deltas of a chunk, float32, but those that are not finite in either."""
+        finite = torch.isfinite(first) & torch.isfinite(second)
+        if not bool(finite.all()):
+            first, second = first[finite], second[finite]
+        product = first.double() * second.double()
+        self.dot += float(product.sum())
+        self.square_sums = (
+            self.square_sums[0] + float(first.double().square().sum()),
+            self.square_sums[1] + float(second.double().square().sum()),
+        )
+        self.both += int((product != 0).sum())
+        self.conflicts += int((product < 0).sum())
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two models' deltas."""
+        length = math.sqrt(self.square_sums[0]) * math.sqrt(self.square_sums[1])
+        return self.dot / length if length else 0.0
+
+    @property
+    def conflict_share(self) -> float:
+        """Fraction of the elements that both change which they change in opposite directions."""
+        return self.conflicts / max(1, self.both)
+
+
+@dataclass
+class TensorStatistics:
+    """Statistics of one tensor: each model's, and each pair's."""
+
+    models: dict[str, DeltaStatistics]
+    pairs: dict[tuple[str, str], PairStatistics]
+
+
+def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:
+    """Measure the deltas of one tensor.
+
+    Args:
+        base: Any shape and floating-point dtype.
+        fine_tuned: The tensor of each model, of the base's shape and device.
+
+    Returns:
+        Statistics by model and by pair of models.
+
+    """
+    models = {name: DeltaStatistics() for name in fine_tuned}
+    pairs = {pair: PairStatistics() for pair in itertools.combinations(fine_tuned, 2)}
+    vectors = [base.detach().reshape(-1), *(t.detach().reshape(-1) for t in fine_tuned.values())]
+    for base_chunk, *chunks in _chunks(vectors):
+        wide = base_chunk.float()
+        # Equal elements have delta 0, also where both are infinite.
+        deltas = {
+            name: (chunk.float() - wide).masked_fill_(chunk == base_chunk, 0)
+            for name, chunk in zip(fine_tuned, chunks, strict=True)
+        }
+        for name, delta in deltas.items():
+            models[name].add_chunk(delta, wide)
+        for (first, second), pair in pairs.items():
+            pair.add_chunk(deltas[first], deltas[second])
+    return TensorStatistics(models, pairs)
+
+
+def _chunks(vectors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(vector, _CHUNK) for vector in vectors), strict=True)
+
+
+def noise_factor(density: float) -> float:
+    """Return the standard deviation of a dropped and rescaled delta over the delta itself.
+
+    hat = m delta / d has the variance delta**2 (1 - d) / d. Infinite for density 0.
+    """
+    return math.inf if density <= 0 else math.sqrt((1 - density) / density)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the deltas of a model say about DARE.
+
+    Attributes:
+        kind: ``small``, ``medium``, ``large``, ``wrong base``, ``no change`` or ``not finite``.
+        sentence: The verdict in words, with its figures.
+        density: A density to start from.
+        reason: Why that density.
+
+    """
+
+    kind: str
+    sentence: str
+    density: float
+    reason: str
+
+
+def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -> Verdict:
+    """Judge a model's deltas in the terms of the paper (section 4.5).
+
+    Args:
+        statistics: All deltas of the model.
+        others: Those of the other fine-tuned models of the merge.
+
+    """
+    typical = statistics.quantile(0.99)
+    norm = statistics.relative_norm
+    figures = f"99 % of |delta| within {typical:.2g}, relative norm {norm:.2g}"
+    if statistics.non_finite:
+        return Verdict(
+            "not finite",
+            f"{statistics.non_finite} deltas are NaN or infinite: the merge will stop there",
+            1.0,
+            "mend the model first",
+        )
+    if statistics.square_sum == 0:
+        return Verdict("no change", "the model equals the base", 1.0, "there is nothing to drop")
+    norms = sorted(other.relative_norm for other in others)
+    median = norms[len(norms) // 2] if norms else math.nan
+    odd = norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
+    if norm > UNRELATED_NORM or odd:
+        why = f", {norm / median:.0f} times that of the other models" if odd else ""
+        return Verdict(
+            "wrong base",
+            f"suspected wrong base: {figures}{why}",
+            1.0,
+            "check which model it was fine-tuned from before dropping anything",
+        )
+    if statistics.share_above(LARGE) > 0.001:
+        share = statistics.share_above(LARGE)
+        return Verdict(
+            "large",
+            f"large deltas, as after continued pre-training: {figures}, {share:.1%} above {LARGE}",
+            1.0,
+            "the paper finds DARE impractical here",
+        )
+    if typical <= SMALL:
+        return Verdict(
+            "small",
+            f"small deltas, as after supervised fine-tuning: {figures}",
+            0.1,
+            "the paper drops 90 to 99 % of such deltas without harm",
+        )
+    return Verdict(
+        "medium",
+        f"deltas between the paper's small and large ones: {figures}",
+        0.5,
+        "drop half, compare, and only then go on",
+    )

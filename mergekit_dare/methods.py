@@ -30,7 +30,7 @@ PAPER_URL = "https://arxiv.org/abs/2311.03099"
 
 
 @dataclass(frozen=True)
-class DareParameter(ParameterSpec):  # type: ignore[misc, unused-ignore]
+class DareParameter(ParameterSpec):
     """A parameter whose values are checked while mergekit plans, before any weight is merged."""
 
     def validate(self, value: Any) -> Any:
@@ -90,7 +90,7 @@ def _planned_for(per_model: bool) -> str:
     return of_model + (f" for tensor {tensor}" if tensor is not None else "")
 
 
-class DareMethod(GroupMergeMethod):  # type: ignore[misc, unused-ignore]
+class DareMethod(GroupMergeMethod):
     """DARE (arXiv 2311.03099, section 3) with one way to combine the models' deltas."""
 
     def __init__(self, name: str, pretty_name: str, combine: Combine) -> None:

@@ -165,13 +165,20 @@ class PairStatistics:
         if not bool(finite.all()):
             first, second = first[finite], second[finite]
         product = first.double() * second.double()
-        self.dot += float(product.sum())
-        self.square_sums = (
-            self.square_sums[0] + float(first.double().square().sum()),
-            self.square_sums[1] + float(second.double().square().sum()),
+        squares = (
+            float(first.double().square().sum()),
+            float(second.double().square().sum()),
         )
-        self.both += int((product != 0).sum())
-        self.conflicts += int((product < 0).sum())
+        both, conflicts = int((product != 0).sum()), int((product < 0).sum())
+        self.add(PairStatistics(float(product.sum()), squares, both, conflicts))
+
+    def add(self, other: PairStatistics) -> None:
+        """Count all that ``other`` has counted."""
+        self.dot += other.dot
+        (a, b), (c, d) = self.square_sums, other.square_sums
+        self.square_sums = (a + c, b + d)
+        self.both += other.both
+        self.conflicts += other.conflicts
 
     @property
     def cosine(self) -> float:

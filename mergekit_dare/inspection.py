@@ -172,14 +172,7 @@ def _add_tensor(report: Report, task: ExecuteMergeMethodTask, device: str) -> No
             if density > 0:
                 of_model.noise_square_sum += noise_factor(density) ** 2 * statistics.square_sum
     for pair, found in measured.pairs.items():
-        total = report.pairs[pair]
-        total.dot += found.dot
-        total.square_sums = (
-            total.square_sums[0] + found.square_sums[0],
-            total.square_sums[1] + found.square_sums[1],
-        )
-        total.both += found.both
-        total.conflicts += found.conflicts
+        report.pairs[pair].add(found)
 
 
 def _load(task: ExecuteMergeMethodTask, device: str) -> dict[ModelReference, Tensor]:

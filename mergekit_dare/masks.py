@@ -121,7 +121,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 @dataclass
 class MaskBuffers:
-    """Scratch space for the masks of some elements, a multiple of 4 of them or fewer.
+    """Scratch space for the mask of some elements.
 
     Attributes:
         elements: How many.

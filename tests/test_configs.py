@@ -38,6 +38,11 @@ def config(folder: Path, method: str, **settings: Any) -> Config:
 def expected_tensor(folder: Path, method: str, name: str, **settings: Any) -> Tensor:
     """What the Python API makes of one tensor of base, a and b."""
     tensors = [zoo.load(folder / model)[name] for model in ("base", "a", "b")]
+    return merged_in_python(tensors, method, name, **settings)
+
+
+def merged_in_python(tensors: list[Tensor], method: str, name: str, **settings: Any) -> Tensor:
+    """Merge a base and two fine-tuned tensors with the settings of :func:`config`."""
     parameters = {"weight": [0.6, 0.3], "density": [0.4, 0.7]} | settings
     return merge_tensors(tensors, method, parameters=parameters, base_index=0, name=name)
 
@@ -133,13 +138,7 @@ def test_slices(method: str, llamas: Path, tmp_path: Path) -> None:
     assert_expected(merged, llamas, method, layer(0), weight=0.5, **same, **{"lambda": 0.5})
     # Output layers 2 and 3 come from layers 1 and 2; the output's name seeds their masks.
     tensors = [zoo.load(llamas / model)[layer(1)] for model in ("base", "a", "b")]
-    expected = merge_tensors(
-        tensors,
-        method,
-        parameters={"weight": 0.25, "density": 0.5, "seed": 9},
-        base_index=0,
-        name=layer(2),
-    )
+    expected = merged_in_python(tensors, method, layer(2), weight=0.25, density=0.5, seed=9)
     assert torch.equal(merged[layer(2)], expected)
 
 
@@ -188,13 +187,7 @@ def test_dtype_and_out_dtype(
     merged = merge_yaml(config(llamas, method, dtype=dtype, out_dtype=out_dtype), tmp_path)
     inner = getattr(torch, dtype or "bfloat16")
     tensors = [zoo.load(llamas / m)[layer(1)].to(inner) for m in ("base", "a", "b")]
-    expected = merge_tensors(
-        tensors,
-        method,
-        parameters={"weight": [0.6, 0.3], "density": [0.4, 0.7]},
-        base_index=0,
-        name=layer(1),
-    )
+    expected = merged_in_python(tensors, method, layer(1))
     zoo.assert_same_tensors({"": merged[layer(1)]}, {"": expected.to(written)})
 
 
@@ -272,13 +265,7 @@ def test_model_with_a_lora_adapter(method: str, llamas: Path, tmp_path: Path) ->
     (cached,) = [path.parent for path in (tmp_path / "cache").rglob("model.safetensors")]
     tensors = [zoo.load(path)[layer(1)] for path in (llamas / "base", cached, llamas / "b")]
     assert not torch.equal(tensors[1], tensors[0])
-    expected = merge_tensors(
-        tensors,
-        method,
-        parameters={"weight": [0.6, 0.3], "density": [0.4, 0.7]},
-        base_index=0,
-        name=layer(1),
-    )
+    expected = merged_in_python(tensors, method, layer(1))
     assert torch.equal(merged[layer(1)], expected.to(merged[layer(1)].dtype))
 
 

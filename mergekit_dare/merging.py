@@ -33,10 +33,11 @@ from torch import Tensor
 
 from mergekit_dare.masks import LANE_VALUES, MaskBuffers, keep_mask, mask_key, threshold
 
-# Elements in a chunk. A smaller one wastes time on calls, a larger one does not stay in the cache
-# that cores share. An accelerator needs enough elements to be busy. The largest chunk takes 40 MB
-# of buffers on a CPU, 170 MB on an accelerator.
-CPU_CHUNK_PER_THREAD, LARGEST_CPU_CHUNK = 1 << 18, 1 << 20
+# Elements in a chunk. A smaller one wastes time on calls (and torch gives a core no fewer than
+# 2**15 words of the mask, which are 2**17 elements), a larger one does not stay in a core's own
+# cache. An accelerator needs enough elements to be busy. The largest chunk takes 40 MB of buffers
+# on a CPU, 170 MB on an accelerator.
+CPU_CHUNK_PER_THREAD, LARGEST_CPU_CHUNK = 1 << 17, 1 << 20
 ACCELERATOR_CHUNK = 1 << 22
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
@@ -138,8 +139,8 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     with torch.inference_mode():
         if not terms:
             return out.copy_(base)
-        largest = _merge_chunks(out.view(-1), theta_0, terms, recipe)
-        if not largest < _overflow_limit(out.dtype):
+        bound = _merge_chunks(out.view(-1), theta_0, terms, recipe)
+        if not bound < _overflow_limit(out.dtype):
             _raise_non_finite_deltas(theta_0, terms, recipe)
             _merge_chunks(out.view(-1), theta_0, terms, recipe, equal_infinities=True)
             _raise_overflow(out.view(-1), theta_0, recipe)
@@ -178,13 +179,14 @@ def _merge_chunks(
     *,
     equal_infinities: bool = False,
 ) -> float:
-    """Fill ``out`` and return the largest magnitude before rounding, NaN if there is a NaN.
+    """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
+    The bound is the largest chunk's L2 norm, which takes a fifth of the time of a maximum.
     ``equal_infinities`` makes the delta of elements that are equal zero also where they are
     infinite; that takes time and is rarely needed.
     """
     buffers = Buffers.of_this_thread(theta_0.device, work_dtype(theta_0, terms))
-    extremes: list[Tensor] = []
+    square_sums: list[Tensor] = []
     vectors = (out, theta_0, *(term.theta for term in terms))
     for start, (out_chunk, base_chunk, *theta_chunks) in chunks(buffers.capacity, *vectors):
         b = buffers.first(out_chunk.numel())
@@ -200,11 +202,11 @@ def _merge_chunks(
             torch.add(base, b.sum, out=result)
         else:
             torch.add(base, _twice_elected_sum(b, recipe), alpha=0.5, out=result)
-        extremes += torch.aminmax(result)
+        square_sums.append(torch.dot(result, result))
         if result is not out_chunk:
             out_chunk.copy_(result)
         _keep_negative_zeros(out_chunk, base_chunk)
-    return float(torch.stack(extremes).abs_().max())
+    return math.sqrt(float(torch.stack(square_sums).max()))
 
 
 def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:
@@ -216,14 +218,17 @@ def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:
 
 def _add_term(b: Buffers, m: Tensor, x: Tensor, term: Term, recipe: Recipe, *, first: bool) -> None:
     """Add w_k hat_k = m_k x_k to the sum and, for TIES, to what decides the election."""
-    _accumulate(b.sum, m, x, first)
-    if recipe.combine is Combine.TIES:
-        if recipe.normalize:
-            _accumulate_weights(b, m, x, term.model.weight, first)
-        if first:
-            torch.abs(b.sum, out=b.magnitudes)
-        else:
-            b.magnitudes.addcmul_(m, x.abs_())
+    if recipe.combine is Combine.LINEAR:
+        _accumulate(b.sum, m, x, first)
+        return
+    if recipe.normalize:
+        _accumulate_weights(b, m, x, term.model.weight, first)
+    if first:
+        torch.mul(m, x, out=b.sum)
+        torch.abs(b.sum, out=b.magnitudes)
+    else:  # the masked term serves twice, so it pays to write it
+        b.sum.add_(x.mul_(m))
+        b.magnitudes.add_(x.abs_())
 
 
 def _accumulate(total: Tensor, m: Tensor, x: Tensor, first: bool) -> None:

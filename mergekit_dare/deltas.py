@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 SMALL, LARGE = 0.005, 0.03
+LARGE_SHARE = 0.001  # of deltas above LARGE: more, and DARE is impractical
 # An unrelated model's delta is as long as both models' weights together, a relative norm of 1.4;
 # fine-tuning moves a model by a few percent.
 UNRELATED_NORM = 0.5
@@ -289,8 +290,7 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
             1.0,
             "check which model it was fine-tuned from before dropping anything",
         )
-    if statistics.share_above(LARGE) > 0.001:
-        share = statistics.share_above(LARGE)
+    if (share := statistics.share_above(LARGE)) > LARGE_SHARE:
         return Verdict(
             "large",
             f"large deltas, as after continued pre-training: {figures}, {share:.1%} above {LARGE}",

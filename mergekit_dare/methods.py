@@ -25,6 +25,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_dare import __version__, gradients, registration
 from mergekit_dare.merging import Combine, FineTuned, Recipe
+from mergekit_dare.range_watch import WATCH
 
 PAPER_URL = "https://arxiv.org/abs/2311.03099"
 
@@ -163,7 +164,9 @@ class DareMethod(GroupMergeMethod):
             rescale=parameters["rescale"],
             lambda_=parameters["lambda"],
         )
-        return gradients.merge(group.base.tensor, models, recipe)
+        merged = gradients.merge(group.base.tensor, models, recipe)
+        WATCH.look(group.base.tensor, models, recipe.tensor_name)
+        return merged
 
 
 def _seed_of_torch() -> int:

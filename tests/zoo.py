@@ -88,14 +88,20 @@ ARCHITECTURES: dict[str, Maker] = {
 }
 
 
+def llama_of(**settings: Any) -> Maker:
+    """A maker of tiny Llamas with other settings."""
+    return lambda: LlamaForCausalLM(LlamaConfig(**_DECODER | settings))
+
+
 def make_family(
     maker: Maker,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_size: str = "1GB",
     names: str = "abc",
+    scale: float = 0.002,
 ) -> None:
-    """Save ``base`` and a fine-tuned model for each of ``names``, with deltas of about 0.002."""
+    """Save ``base`` and, for each of ``names``, a fine-tuned model with deltas of ``scale``."""
     torch.manual_seed(0)
     model = maker().to(dtype)
     tokenizer().save_pretrained(folder / "base")
@@ -105,7 +111,7 @@ def make_family(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                delta = torch.randn(parameter.shape, generator=generator) * 0.002
+                delta = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.copy_(start[key].float() + delta)
         tokenizer().save_pretrained(folder / name)
         model.save_pretrained(folder / name, max_shard_size=max_shard_size)

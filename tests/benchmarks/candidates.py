@@ -14,7 +14,9 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
+from mergekit_dare.merging import FineTuned
 from mergekit_dare.methods import dare_linear, dare_ties
+from mergekit_dare.range_watch import RangeWatch
 
 Merge = Callable[[], object]
 
@@ -64,6 +66,14 @@ def merge(method: MergeMethod, inputs: list[Tensor]) -> Merge:
     given: dict[str, Any] = {"weight": WEIGHT, "density": DENSITY}
     parameters = {name: value for name, value in given.items() if name in known}
     return lambda: method((group,), parameters=parameters)
+
+
+def range_watch(inputs: list[Tensor]) -> Merge:
+    """Return a call that looks at the range of the deltas, as our methods do in each merge."""
+    base, *tuned = inputs
+    models = [FineTuned(str(k), theta, WEIGHT, DENSITY) for k, theta in enumerate(tuned)]
+    watch = RangeWatch()
+    return lambda: watch.look(base, models, "w")
 
 
 def floor(inputs: list[Tensor]) -> Merge:

@@ -69,6 +69,7 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         if not (arguments.no_built_in and name.startswith("built-in"))
     }
     merges["floor"] = candidates.floor(inputs)
+    merges["range watch"] = candidates.range_watch(inputs)
     times: dict[str, list[float]] = {name: [] for name in merges}
     repeat = max(1, 200_000 // elements)
     rounds = arguments.rounds if elements < 1e8 else min(3, arguments.rounds)
@@ -91,4 +92,5 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
             row[f"built-in / {method}"] = paired_ratio(times[f"built-in {method}"], ours)
         row[f"{method} / task_arithmetic"] = paired_ratio(ours, times["task_arithmetic"])
         row[f"{method} / floor"] = paired_ratio(ours, times["floor"])
+        row[f"range watch / {method}"] = paired_ratio(times["range watch"], ours)
     return row

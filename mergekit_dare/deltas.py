@@ -25,11 +25,52 @@ UNRELATED_NORM = 0.5
 # A model is the odd one out if its relative norm is so many times the median of the others.
 OUTLIER_FACTOR = 10.0
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 # The magnitude's bin is its float32 without the low 16 bits: 128 bins for each power of two, so
 # that a bin is at most 0.8 % wide.
 _BIN_SHIFT = 16
 _BINS = 1 << (31 - _BIN_SHIFT)
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkDeltas:
+    """One model's deltas of a chunk, in the forms that several figures are made from.
+
+    Attributes:
+        delta: float32, or float64 for float64 models, shape (elements,).
+        wide: The same in float64.
+        signs: float32: -1, 0 or 1.
+        square_sum: Sum of the squares.
+        finite: bool: which deltas are finite; ``None`` if all are.
+
+    """
+
+    delta: Tensor
+    wide: Tensor
+    signs: Tensor
+    square_sum: float
+    finite: Tensor | None = None
+
+    @classmethod
+    def between(cls, theta: Tensor, base: Tensor) -> ChunkDeltas:
+        """Return theta - base, which is 0 where both are equal, also where they are infinite."""
+        work = torch.promote_types(torch.promote_types(theta.dtype, base.dtype), torch.float32)
+        delta = theta.to(work) - base.to(work)
+        made = cls._of(delta)
+        if math.isfinite(made.square_sum):
+            return made
+        delta.masked_fill_(theta == base, 0)
+        finite = torch.isfinite(delta)
+        return cls._of(delta, None if bool(finite.all()) else finite)
+
+    @classmethod
+    def _of(cls, delta: Tensor, finite: Tensor | None = None) -> ChunkDeltas:
+        wide = delta.double()
+        return cls(delta, wide, delta.sign().float(), float(torch.dot(wide, wide)), finite)
+
+    def only(self, kept: Tensor) -> ChunkDeltas:
+        """Return the deltas where ``kept`` is true, all of which are finite."""
+        return self._of(self.delta[kept])
 
 
 @dataclass
@@ -61,25 +102,33 @@ class DeltaStatistics:
     non_finite: int = 0
     histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
 
-    def add_chunk(self, delta: Tensor, base: Tensor) -> None:
-        """Count the deltas of a chunk, float32, beside the base's elements."""
-        finite = torch.isfinite(delta)
-        if not bool(finite.all()):
-            self.non_finite += int((~finite).sum())
-            delta, base = delta[finite], base[finite]
-        if delta.numel() == 0:
+    def add_chunk(self, deltas: ChunkDeltas, base: Tensor, base_square_sum: float) -> None:
+        """Count the deltas of a chunk.
+
+        Args:
+            deltas: The chunk's.
+            base: The base's elements, float64.
+            base_square_sum: Sum of their squares.
+
+        """
+        if deltas.finite is not None:
+            self.non_finite += int((~deltas.finite).sum())
+            deltas, base = deltas.only(deltas.finite), base[deltas.finite]
+            base_square_sum = float(torch.dot(base, base))
+        if deltas.delta.numel() == 0:
             return
-        wide, magnitude = delta.double(), delta.abs()
-        low, high = torch.aminmax(delta)
-        self.count += delta.numel()
+        low, high = torch.aminmax(deltas.delta)
+        self.count += deltas.delta.numel()
         self.smallest = min(self.smallest, float(low))
         self.largest = max(self.largest, float(high))
-        self.magnitude_sum += float(wide.abs().sum())
-        self.square_sum += float(wide.square().sum())
-        self.base_square_sum += float(base.double().square().sum())
-        self.dot_base += float((wide * base.double()).sum())
-        self.zeros += int((delta == 0).sum())
-        bins = magnitude.view(torch.int32) >> _BIN_SHIFT
+        self.square_sum += deltas.square_sum
+        self.base_square_sum += base_square_sum
+        self.dot_base += float(torch.dot(deltas.wide, base))
+        # The signs' sums are whole numbers under 2**24: exact in float32, in any order.
+        self.zeros += deltas.delta.numel() - int(torch.dot(deltas.signs, deltas.signs))
+        magnitude = deltas.delta.float().abs()
+        self.magnitude_sum += float(magnitude.sum(dtype=torch.float64))
+        bins = magnitude.view(torch.int32).bitwise_right_shift_(_BIN_SHIFT)
         self.histogram += torch.bincount(bins, minlength=_BINS).cpu()
 
     def add(self, other: DeltaStatistics) -> None:
@@ -160,18 +209,21 @@ class PairStatistics:
     both: int = 0
     conflicts: int = 0
 
-    def add_chunk(self, first: Tensor, second: Tensor) -> None:
-        """Count the deltas of a chunk, float32, but those that are not finite in either."""
-        finite = torch.isfinite(first) & torch.isfinite(second)
-        if not bool(finite.all()):
-            first, second = first[finite], second[finite]
-        product = first.double() * second.double()
-        squares = (
-            float(first.double().square().sum()),
-            float(second.double().square().sum()),
+    def add_chunk(self, first: ChunkDeltas, second: ChunkDeltas) -> None:
+        """Count the deltas of a chunk, but those that are not finite in either."""
+        if first.finite is not None or second.finite is not None:
+            finite = torch.isfinite(first.delta) & torch.isfinite(second.delta)
+            first, second = first.only(finite), second.only(finite)
+        agreeing_less_conflicts = int(torch.dot(first.signs, second.signs))
+        both = int(torch.dot(first.signs.abs(), second.signs.abs()))
+        self.add(
+            PairStatistics(
+                dot=float(torch.dot(first.wide, second.wide)),
+                square_sums=(first.square_sum, second.square_sum),
+                both=both,
+                conflicts=(both - agreeing_less_conflicts) // 2,
+            )
         )
-        both, conflicts = int((product != 0).sum()), int((product < 0).sum())
-        self.add(PairStatistics(float(product.sum()), squares, both, conflicts))
 
     def add(self, other: PairStatistics) -> None:
         """Count all that ``other`` has counted."""
@@ -216,14 +268,14 @@ def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:
     pairs = {pair: PairStatistics() for pair in itertools.combinations(fine_tuned, 2)}
     vectors = [base.detach().reshape(-1), *(t.detach().reshape(-1) for t in fine_tuned.values())]
     for base_chunk, *chunks in _chunks(vectors):
-        wide = base_chunk.float()
-        # Equal elements have delta 0, also where both are infinite.
+        wide = base_chunk.double()
+        square_sum = float(torch.dot(wide, wide))
         deltas = {
-            name: (chunk.float() - wide).masked_fill_(chunk == base_chunk, 0)
+            name: ChunkDeltas.between(chunk, base_chunk)
             for name, chunk in zip(fine_tuned, chunks, strict=True)
         }
-        for name, delta in deltas.items():
-            models[name].add_chunk(delta, wide)
+        for name, of_model in deltas.items():
+            models[name].add_chunk(of_model, wide, square_sum)
         for (first, second), pair in pairs.items():
             pair.add_chunk(deltas[first], deltas[second])
     return TensorStatistics(models, pairs)

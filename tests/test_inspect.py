@@ -177,6 +177,30 @@ def test_chunks_and_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts.pairs["a", "b"].cosine == pytest.approx(whole.pairs["a", "b"].cosine)
 
 
+def test_float64_deltas_are_measured_in_float64() -> None:
+    """Deltas that float32 would round to 0."""
+    base = randn(0, 1000, dtype=torch.float64) + 3
+    tuned = {"a": base + 1e-9, "b": base - 1e-9 * (torch.arange(1000) % 2)}
+    measured = deltas.measure(base, tuned)
+    a, b = measured.models["a"], measured.models["b"]
+    assert a.mean_magnitude == pytest.approx(1e-9, rel=1e-6)
+    assert (a.zeros, b.zeros) == (0, 500)
+    pair = measured.pairs["a", "b"]
+    assert (pair.both, pair.conflicts) == (500, 500)
+    assert pair.cosine == pytest.approx(-math.sqrt(0.5), rel=1e-6)
+
+
+def test_pairs_where_deltas_are_not_finite() -> None:
+    base = torch.zeros(6)
+    first = torch.tensor([1.0, math.nan, 1.0, 2.0, 0.0, -1.0])
+    second = torch.tensor([1.0, 1.0, math.inf, -2.0, 3.0, -1.0])
+    measured = deltas.measure(base, {"a": first, "b": second})
+    assert [measured.models[name].non_finite for name in "ab"] == [1, 1]
+    pair = measured.pairs["a", "b"]
+    assert (pair.dot, pair.square_sums) == (-2.0, (6.0, 15.0))
+    assert (pair.both, pair.conflicts) == (3, 1)
+
+
 def test_command(family: Path, tmp_path: Path) -> None:
     path = write(config(family, "math", "stranger"), tmp_path / "config.yml")
     result = CliRunner().invoke(main, ["inspect", path, "--quiet"])

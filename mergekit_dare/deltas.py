@@ -19,9 +19,9 @@ from torch import Tensor
 
 SMALL, LARGE = 0.005, 0.03
 LARGE_SHARE = 0.001  # of deltas above LARGE: more, and DARE is impractical
-# An unrelated model's delta is as long as both models' weights together, a relative norm of 1.4;
-# fine-tuning moves a model by a few percent.
-UNRELATED_NORM = 0.5
+# The delta of an unrelated model takes the base's weights away and puts its own in their place:
+# as much of it undoes the base as not. That of a model trained on from the base does so hardly.
+UNRELATED_NORM, UNRELATED_UNDOING = 0.1, (0.5, 1.5)
 # A model is the odd one out if its relative norm is so many times the median of the others.
 OUTLIER_FACTOR = 10.0
 
@@ -160,6 +160,15 @@ class DeltaStatistics:
         if self.base_square_sum == 0:
             return math.inf if self.square_sum else 0.0
         return math.sqrt(self.square_sum / self.base_square_sum)
+
+    @property
+    def undoing(self) -> float:
+        """How much of the deltas undoes the base: 0 for none, 1 for a model of equal norm.
+
+        With theta_k unrelated to theta_0, delta = theta_k - theta_0 has the product
+        -|theta_0|**2 with theta_0, and the square |theta_k|**2 + |theta_0|**2.
+        """
+        return -2 * self.dot_base / self.square_sum if self.square_sum else 0.0
 
     @property
     def zero_share(self) -> float:
@@ -334,18 +343,23 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
     norms = sorted(other.relative_norm for other in others)
     median = norms[len(norms) // 2] if norms else math.nan
     odd = norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
-    if norm > UNRELATED_NORM or odd:
-        why = f", {norm / median:.0f} times that of the other models" if odd else ""
+    compared = f", {norm / median:.0f} times that of the other models" if odd else ""
+    low, high = UNRELATED_UNDOING
+    unrelated = norm > UNRELATED_NORM and low < statistics.undoing < high
+    large_share = statistics.share_above(LARGE)
+    if unrelated or (odd and large_share <= LARGE_SHARE):
+        why = ", and they undo the base's weights" if unrelated else ""
         return Verdict(
             "wrong base",
-            f"suspected wrong base: {figures}{why}",
+            f"suspected wrong base: {figures}{compared}{why}",
             1.0,
             "check which model it was fine-tuned from before dropping anything",
         )
-    if (share := statistics.share_above(LARGE)) > LARGE_SHARE:
+    if large_share > LARGE_SHARE:
         return Verdict(
             "large",
-            f"large deltas, as after continued pre-training: {figures}, {share:.1%} above {LARGE}",
+            f"large deltas, as after continued pre-training: {figures}{compared}, "
+            f"{large_share:.1%} above {LARGE}",
             1.0,
             "the paper finds DARE impractical here",
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dare.deltas import LARGE, LARGE_SHARE, UNRELATED_NORM
+from mergekit_dare.deltas import LARGE, LARGE_SHARE
 from mergekit_dare.merging import FineTuned
 
 LOG = logging.getLogger("mergekit_dare")
@@ -27,6 +28,8 @@ LOG = logging.getLogger("mergekit_dare")
 # part of the time of merging them.
 BLOCKS, BLOCK = 64, 128
 SMALLEST = 1 << 19
+# Fine-tuning moves a model by a few percent of its norm.
+TOO_LARGE_NORM = 0.5
 
 
 @dataclass
@@ -118,15 +121,14 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _problem(seen: Seen) -> str | None:
-    if seen.square_sum > UNRELATED_NORM**2 * seen.base_square_sum:
-        return "its deltas are as large as the base's weights, so it was hardly trained from it"
-    share = seen.large / seen.elements
-    if share > LARGE_SHARE:
-        return (
-            f"about {share:.1%} of its deltas are above {LARGE}, which is too large for DARE "
-            "(arXiv 2311.03099, section 4.5)"
-        )
-    return None
+    if seen.square_sum > TOO_LARGE_NORM**2 * seen.base_square_sum:
+        norm = math.sqrt(seen.square_sum / seen.base_square_sum) if seen.base_square_sum else 1.0
+        what = f"the norm of its deltas is {norm:.0%} of the base's"
+    elif (share := seen.large / seen.elements) > LARGE_SHARE:
+        what = f"about {share:.1%} of its deltas are above {LARGE}"
+    else:
+        return None
+    return f"{what}, too large for DARE, or it has another base (arXiv 2311.03099, section 4.5)"
 
 
 WATCH = RangeWatch()

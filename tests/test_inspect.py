@@ -146,7 +146,10 @@ def test_verdicts_on_plain_numbers() -> None:
     assert verdict(tiny) == "small"
     assert verdict(torch.zeros(10_000)) == "no change"
     assert verdict(randn(1, 10_000, scale=0.004)) == "medium"
-    assert verdict(randn(1, 10_000, scale=0.02)) == "wrong base"
+    # As long as the base, but on top of it; the same length in place of the base.
+    assert verdict(randn(1, 10_000, scale=0.02)) == "large"
+    assert verdict(randn(1, 10_000, scale=0.02) - base) == "wrong base"
+    assert verdict(-0.9 * base) == "large"  # shrunk, not another one
     assert verdict(tiny.index_fill(0, torch.tensor([5]), math.nan)) == "not finite"
     # A relative norm of 0.3 alone is much; beside models of 0.005 it is another base.
     much = randn(1, 10_000, scale=0.006)

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from make_models import encode, loss, split, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from make_models import encode, loss, split, texts
 
 
 def main(folder: Path) -> None:

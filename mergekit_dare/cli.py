@@ -18,8 +18,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("configs", nargs=-1, required=True)
+@click.option("--files", is_flag=True, help="Also look at the headers of the models' files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(configs: tuple[str, ...], as_json: bool) -> None:
+def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
     """Find what is wrong with CONFIGS, without reading a weight.
 
     Exit code 0: no errors (warnings and hints may be there); 1: errors; 2: a file is no config.
@@ -30,7 +31,7 @@ def check(configs: tuple[str, ...], as_json: bool) -> None:
     findings = []
     for config in configs:
         try:
-            found = check_file(config)
+            found = check_file(config, files=files)
         except UnusableFileError as error:
             click.echo(str(error), err=True)
             code = 2

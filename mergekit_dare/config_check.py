@@ -22,6 +22,8 @@ from mergekit.merge_methods import BasePolicy, MergeMethodSpec, ParameterScope
 from mergekit.merge_methods.base import MISSING, ParameterSpec
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from mergekit_dare import model_files
+from mergekit_dare.model_files import ModelFiles
 from mergekit_dare.registration import OURS
 
 # What mergekit 0.1.5 reads, by place.
@@ -88,11 +90,12 @@ class Finding:
 Entry = tuple[ScalarNode, Node]
 
 
-def check_file(path: str) -> list[Finding]:
+def check_file(path: str, *, files: bool = False) -> list[Finding]:
     """Check every document of a config file.
 
     Args:
         path: A YAML file with one config, or several as ``mergekit-multi`` takes them.
+        files: Also look at the headers of those models' files that are on this machine.
 
     Returns:
         The findings in the order of their lines.
@@ -125,6 +128,9 @@ def check_file(path: str) -> list[Finding]:
     findings = [finding for check in checks for finding in check.run()]
     if len(mappings) > 1:
         findings += checks[0].check_names(mappings)
+    if files:
+        made_here = {str(_plain(name)) for m in mappings if (name := _get(m, "name")) is not None}
+        findings += [finding for check in checks for finding in check.check_files(made_here)]
     return sorted(findings, key=lambda finding: finding.line)
 
 
@@ -162,6 +168,38 @@ class _DocumentCheck:
                 what = f"the name {text} is used twice" if text else "two merges have no name"
                 self._add(name or document, f"{what}; only one may go without")
             seen.add(text)
+        return self.findings
+
+    def check_files(self, made_here: set[str]) -> list[Finding]:
+        """Return what is wrong with the models' files.
+
+        Args:
+            made_here: Names of this file's own merges, which are no files yet.
+
+        """
+        self.findings = []
+        keys = ("tokenizer", "tokenizer_source")
+        aligns_tokens = any(_get(self.document, key) is not None for key in keys)
+        examined: dict[Path, ModelFiles] = {}
+        for output in _outputs(self.document):
+            base_node = output.base_model or _get(self.document, "base_model")
+            nodes = [base_node, *(_get(model, "model") for model in output.models)]
+            base = None
+            for node in nodes:
+                path = None if node is None else _local_path(node, made_here)
+                if node is None or path is None:
+                    continue
+                if path not in examined:
+                    examined[path] = model_files.examine(path)
+                    for problem in examined[path].problems:
+                        self._add(node, problem)
+                if node is base_node:
+                    base = examined[path]
+                elif base is not None and not examined[path].problems:
+                    tuned, name = examined[path], str(path)
+                    problems = model_files.compare(base, tuned, name, aligns_tokens=aligns_tokens)
+                    for problem in problems:
+                        self._add(node, problem)
         return self.findings
 
     def _add(self, node: Node, message: str, severity: Severity = Severity.ERROR) -> None:
@@ -430,6 +468,22 @@ def _model_name(node: Node) -> str:
     return (
         json.dumps(value, sort_keys=True, default=str) if isinstance(value, Mapping) else str(value)
     )
+
+
+def _local_path(node: Node, made_here: set[str]) -> Path | None:
+    """Return where a model is on this machine; ``None`` for one of the hub or of this config."""
+    from mergekit.common import ModelReference  # takes seconds, which only --files needs
+
+    name = _model_name(node)
+    if name in made_here:
+        return None
+    try:
+        path = Path(ModelReference.model_validate(_plain(node)).model.path)
+    except ValueError:  # the config's own problem
+        return None
+    here = path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+    beside_others = len(path.parts) == 2 and path.parent.is_dir()  # not the hub's owner/name
+    return path if here or beside_others else None
 
 
 def _kind(parameter: ParameterSpec) -> str:

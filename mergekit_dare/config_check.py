@@ -298,7 +298,7 @@ class _DocumentCheck:
         """Check the ``parameters`` of a config, a module, a slice or a model."""
         assert self.spec is not None
         node = _get(holder, "parameters")
-        if node is None or _plain(node) is None:
+        if node is None:
             return
         if not isinstance(node, MappingNode):
             self._add(node, "parameters is a mapping of parameter names to values")
@@ -338,7 +338,7 @@ class _DocumentCheck:
                 message = "is never reached: the entry before it has no filter"
                 self._add(condition, f"{parameter.name}: this {message}", Severity.WARNING)
             filter_node = _get(condition, "filter")
-            always |= filter_node is None or _plain(filter_node) in (None, "*")
+            always |= filter_node is None or _plain(filter_node) == "*"
             self._check_values(parameter, key, value)
         if not always and parameter.required:
             message = f"{parameter.name}: tensors that match no filter have none; add a value alone"
@@ -458,8 +458,7 @@ def _mappings(sequence: SequenceNode) -> list[MappingNode]:
 
 def _parameter(holder: MappingNode, name: str) -> Node | None:
     parameters = _get(holder, "parameters")
-    node = _get(parameters, name) if isinstance(parameters, MappingNode) else None
-    return None if node is None or _plain(node) is None else node
+    return _get(parameters, name) if isinstance(parameters, MappingNode) else None
 
 
 def _model_name(node: Node) -> str:
@@ -506,9 +505,9 @@ def _entries(mapping: MappingNode) -> list[Entry]:
 
 
 def _get(mapping: MappingNode, name: str) -> Node | None:
-    """Return the value of a key, the last one as YAML takes it, or ``None``."""
+    """Return a key's value, the last one as YAML takes it; ``None`` if it is null or absent."""
     found: list[Node] = [value for key, value in _entries(mapping) if key.value == name]
-    return found[-1] if found else None
+    return found[-1] if found and found[-1].tag != "tag:yaml.org,2002:null" else None
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,15 +31,16 @@ def splitmix64(state: int, count: int) -> list[int]:
 
 def mask_key(seed: int, name: str, tensor: Tensor) -> int:
     """The key of a tensor's mask from its bytes."""
-    data = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+    whole = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
+    data = bytes(whole.view(torch.uint8).tolist())
     header = repr((seed, name, str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0"
-    whole = len(data) // 32768 * 32768
+    border = len(data) // 32768 * 32768
     sums = b""
-    for start in range(0, whole, 32768):
+    for start in range(0, border, 32768):
         words = struct.unpack("<4096q", data[start : start + 32768])
         sums += struct.pack("<Q", sum(words) & U64)
     digest = hashlib.blake2b(header, digest_size=8, person=b"mergekit-dare/1")
-    digest.update(sums + data[whole:])
+    digest.update(sums + data[border:])
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -89,6 +89,13 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "- model: ./math",
         "dare_ties needs base_model: the model that all were fine-tuned from",
     ),
+    "base model that is null": (
+        "base_model: ./base",
+        "base_model: null",
+        ERROR,
+        "- model: ./math",
+        "dare_ties needs base_model: the model that all were fine-tuned from",
+    ),
     "no fine-tuned model": (
         CLEAN[CLEAN.index("  - model: ./math") : CLEAN.index("parameters:\n  normalize")],
         "  - model: ./base\n",

@@ -159,6 +159,10 @@ def test_key_depends_on_values_not_on_layout() -> None:
     odd_offset = torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(300, 200)
     assert odd_offset.storage_offset() == 1
     assert mask_key(0, "w", odd_offset) == key
+    single = torch.arange(4, dtype=torch.bfloat16).view(2, 2)[1:, 1]
+    assert single.is_contiguous()  # though its stride is 2
+    assert single.stride() == (2,)
+    assert mask_key(0, "w", single) == mask_key(0, "w", single.clone())
 
 
 def test_key_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

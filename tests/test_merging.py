@@ -439,11 +439,22 @@ def test_overflow(combine: Combine, dtype: torch.dtype) -> None:
 
 
 def test_overflow_limit_is_where_rounding_overflows() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        limit = merging._overflow_limit(dtype)
-        below = torch.nextafter(torch.tensor(limit, dtype=torch.float32), torch.tensor(0.0))
-        assert torch.tensor(limit, dtype=torch.float32).to(dtype).isinf()
+    for dtype, wide in (
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ):
+        limit = torch.tensor(merging._overflow_limit(dtype), dtype=wide)
+        below = torch.nextafter(limit, torch.tensor(0.0, dtype=wide))
+        assert limit.to(dtype).isinf()
         assert below.to(dtype).isfinite()
+
+
+def test_overflow_of_a_dtype_narrower_than_the_arithmetic() -> None:
+    base = torch.full((100,), 3.4e38)
+    tuned = base.double() * 1.5
+    with pytest.raises(ValueError, match=r"overflows float32 .* in 100 of 100"):
+        merging.merge(base, models([tuned]), recipe(Combine.LINEAR))
 
 
 def test_unsupported_dtype() -> None:

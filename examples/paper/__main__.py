@@ -70,7 +70,11 @@ def _inspect(folder: Path, names: list[str], results: Path) -> dict[str, str]:
     config = {
         "merge_method": "dare_linear",
         "base_model": str(folder / "base"),
-        "models": [{"model": str(folder / name), "parameters": {"weight": 1}} for name in names],
+        "models": [
+            {"model": str(folder / name), "parameters": {"weight": 1.0, "density": 0.1}}
+            for name in names
+        ],
+        "parameters": {"seed": 1},
     }
     path = folder / "inspect.yml"
     path.write_text(yaml.safe_dump(config))

@@ -222,10 +222,12 @@ def qwen3_vl() -> Qwen3VLForConditionalGeneration:
 
 
 def as_on_the_hub(folder: Path) -> None:
-    """Name the tensors as published checkpoints do; transformers 5 saves others for Gemma 3."""
+    """Name the tensors as published checkpoints do; newer transformers save others for Gemma 3."""
     for path in folder.rglob("*.safetensors"):
         named = {
-            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+            name.replace("vision_tower.vision_model.", "vision_tower.").replace(
+                "vision_tower.", "vision_tower.vision_model."
+            ): tensor
             for name, tensor in load_file(path).items()
         }
         save_file(named, path, metadata={"format": "pt"})

@@ -202,6 +202,8 @@ def test_any_merge(case: Case) -> None:
         delta = torch.where(theta == case.base, 0.0, theta.double() - base)
         if weight and threshold(density):
             factor = abs(weight) * rescale * max(1.0, abs(case.lambda_))
+            if case.normalize:  # TIES may divide by the least of the weights
+                factor /= min(1.0, *case.weights)
             reach = reach + delta.abs() * factor
     limit = min(torch.finfo(case.base.dtype).max, torch.finfo(case.wide).max / 4)
     within = bool((base.abs() + reach)[torch.isfinite(base)].lt(0.49 * limit).all())

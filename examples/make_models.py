@@ -24,7 +24,12 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tqdm import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 FOLDER = Path(__file__).parent / "models"
 SEED = 20231106
@@ -161,16 +166,19 @@ def main() -> None:
             train(model, [parts[name][0]], TUNED_STEPS, TUNED_RATE, name, SEED + index)
         losses = "".join(f"{loss(model, part[1]):12.3f}" for part in parts.values())
         print(f"{name:12}{losses}", flush=True)
-        save(model.to(torch.bfloat16), tokenizer, FOLDER / name)
+        save(model.to(torch.bfloat16), FOLDER / name, tokenizer)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
     """Save so that a folder that is there is complete, whenever the program is stopped."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, folder)
 
 

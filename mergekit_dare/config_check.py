@@ -145,6 +145,11 @@ class _DocumentCheck:
     def run(self) -> list[Finding]:
         """Return all findings of this document."""
         self._check_keys(self.document, (*TOP_LEVEL, "name"), "the top level")
+        for module in _modules(self.document):
+            self._check_keys(module, MODULE, "a module's level")
+        for holder in (self.document, *_modules(self.document)):
+            for part in _slices(holder):
+                self._check_keys(part, SLICE, "a slice's level")
         self._check_method()
         outputs = [key for key in ("models", "slices", "modules") if _get(self.document, key)]
         if len(outputs) != 1:
@@ -431,25 +436,31 @@ class _Output:
 
 def _outputs(document: MappingNode) -> Iterator[_Output]:
     yield from _outputs_of(document, [document])
+    for module in _modules(document):
+        yield from _outputs_of(module, [document, module])
+
+
+def _modules(document: MappingNode) -> list[MappingNode]:
     modules = _get(document, "modules")
-    if isinstance(modules, MappingNode):
-        for _, module in _entries(modules):
-            if isinstance(module, MappingNode):
-                yield from _outputs_of(module, [document, module])
+    entries = _entries(modules) if isinstance(modules, MappingNode) else []
+    return [module for _, module in entries if isinstance(module, MappingNode)]
+
+
+def _slices(holder: MappingNode) -> list[MappingNode]:
+    slices = _get(holder, "slices")
+    return _mappings(slices) if isinstance(slices, SequenceNode) else []
 
 
 def _outputs_of(holder: MappingNode, scopes: list[MappingNode]) -> Iterator[_Output]:
     models = _get(holder, "models")
     if isinstance(models, SequenceNode):
         yield _Output(models, _mappings(models), scopes, None, is_slice=False)
-    slices = _get(holder, "slices")
-    if isinstance(slices, SequenceNode):
-        for part in _mappings(slices):
-            sources = _get(part, "sources")
-            if isinstance(sources, SequenceNode):
-                base_model = _get(part, "base_model")
-                models_of_slice = _mappings(sources)
-                yield _Output(sources, models_of_slice, [*scopes, part], base_model, is_slice=True)
+    for part in _slices(holder):
+        sources = _get(part, "sources")
+        if isinstance(sources, SequenceNode):
+            base_model = _get(part, "base_model")
+            models_of_slice = _mappings(sources)
+            yield _Output(sources, models_of_slice, [*scopes, part], base_model, is_slice=True)
 
 
 def _mappings(sequence: SequenceNode) -> list[MappingNode]:

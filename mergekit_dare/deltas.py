@@ -150,11 +150,6 @@ class DeltaStatistics:
         return self.magnitude_sum / max(1, self.count)
 
     @property
-    def root_mean_square(self) -> float:
-        """Root of the mean squared delta."""
-        return math.sqrt(self.square_sum / max(1, self.count))
-
-    @property
     def relative_norm(self) -> float:
         """L2 norm of the deltas over that of the base; infinite for a base of zeros."""
         if self.base_square_sum == 0:

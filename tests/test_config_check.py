@@ -359,6 +359,11 @@ def test_slices(tmp_path: Path) -> None:
         "deltas to keep; did you mean 0.02?"
     )
     assert check_file(write(tmp_path, SLICES.replace("density: 2", "density: 0.2"))) == []
+    misplaced = SLICES.replace("density: 2", "density: 0.2").replace(
+        "  - sources:\n", "  - density: 0.3\n    sources:\n"
+    )
+    (finding,) = check_file(write(tmp_path, misplaced))
+    assert finding.message == "density has no effect at a slice's level; put it under parameters:"
     without_base = SLICES.replace("base_model: ./base\n", "\n").replace("  - \n", "  -\n")
     findings = check_file(write(tmp_path, without_base))
     assert sum("needs base_model" in finding.message for finding in findings) == 2
@@ -367,7 +372,11 @@ def test_slices(tmp_path: Path) -> None:
 def test_modules_and_anchors(tmp_path: Path) -> None:
     (finding,) = check_file(write(tmp_path, MODULES))
     assert finding.message == "dare_linear has no parameter lamda; did you mean lambda?"
-    assert check_file(write(tmp_path, MODULES.replace("lamda", "lambda"))) == []
+    clean = MODULES.replace("lamda", "lambda")
+    assert check_file(write(tmp_path, clean)) == []
+    (finding,) = check_file(write(tmp_path, clean.replace("    parameters: {", "    paramters: {")))
+    assert finding.text.startswith("paramters:")
+    assert "at a module's level; did you mean parameters?" in finding.message
 
 
 def test_several_documents(tmp_path: Path) -> None:

@@ -230,7 +230,8 @@ def test_plot(family: Path, tmp_path: Path) -> None:
         middles, shares = inspection.histogram(total)
         assert sum(shares) == pytest.approx(1 - total.zero_share, abs=0.001)
         peak = middles[shares.index(max(shares))]
-        assert total.root_mean_square / 3 < peak < total.root_mean_square * 3
+        root_mean_square = math.sqrt(total.square_sum / total.count)
+        assert root_mean_square / 3 < peak < root_mean_square * 3
         densities, noise = inspection.noise_curve(total)
         assert noise[0] == pytest.approx(math.sqrt(99) * total.relative_norm)
         assert densities[-1] == pytest.approx(0.95)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from make_models import save
 from paper import tasks
 from paper.settings import Settings, Training
 from paper.tasks import Batch
@@ -159,14 +158,6 @@ def _train(
 def _seed_of(*parts: object) -> int:
     """Return a seed that depends on all of ``parts``, the same in every process."""
     return int.from_bytes(repr(parts).encode(), "little") % (2**31 - 1)
-
-
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Save so that a folder that is there is complete, whenever the program is stopped."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
 
 
 @torch.inference_mode()

@@ -374,7 +374,9 @@ def test_modules_and_anchors(tmp_path: Path) -> None:
     assert finding.message == "dare_linear has no parameter lamda; did you mean lambda?"
     clean = MODULES.replace("lamda", "lambda")
     assert check_file(write(tmp_path, clean)) == []
-    (finding,) = check_file(write(tmp_path, clean.replace("    parameters: {", "    paramters: {")))
+    misspelt = clean.replace("    parameters: {", "    paramters: {")
+    finding, hint = check_file(write(tmp_path, misspelt))[::-1]
+    assert "no seed is given" in hint.message
     assert finding.text.startswith("paramters:")
     assert "at a module's level; did you mean parameters?" in finding.message
 

@@ -274,6 +274,9 @@ def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:
     for base_chunk, *chunks in _chunks(vectors):
         wide = base_chunk.double()
         square_sum = float(torch.dot(wide, wide))
+        if not math.isfinite(square_sum):  # as of a causal mask, which every model has
+            wide = torch.where(torch.isfinite(wide), wide, 0)
+            square_sum = float(torch.dot(wide, wide))
         deltas = {
             name: ChunkDeltas.between(chunk, base_chunk)
             for name, chunk in zip(fine_tuned, chunks, strict=True)

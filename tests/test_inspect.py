@@ -172,6 +172,9 @@ def test_chunks_and_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = deltas.measure(base, tuned)
     assert whole.models["a"].zeros == 10
     assert whole.models["a"].non_finite == 0
+    norm = (tuned["a"] - base)[10:].norm() / base[10:].norm()
+    assert whole.models["a"].relative_norm == pytest.approx(float(norm), rel=1e-5)
+    assert math.isfinite(whole.models["a"].undoing)
     monkeypatch.setattr(deltas, "_CHUNK", 64)
     parts = deltas.measure(base, tuned)
     for name, statistics in whole.models.items():

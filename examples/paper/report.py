@@ -52,7 +52,7 @@ class Measured:
         curve = {0.0: (whole, 0.0)} if study != WEIGHTS else {}
         for drop_rate in dict.fromkeys(row.drop_rate for row in rows):
             at_rate = [row for row in rows if row.drop_rate == drop_rate]
-            curve[drop_rate] = self._over_seeds(at_rate)
+            curve[drop_rate] = self.over_seeds(at_rate)
         return curve
 
     def base_score(self, family: str, names: Sequence[str]) -> float:
@@ -69,11 +69,12 @@ class Measured:
         ]
         densities = sorted({round(1 - row.drop_rate, 6) for row in rows})
         return {
-            density: self._over_seeds([r for r in rows if round(1 - r.drop_rate, 6) == density])
+            density: self.over_seeds([r for r in rows if round(1 - r.drop_rate, 6) == density])
             for density in densities
         }
 
-    def _over_seeds(self, rows: Sequence[Row]) -> Point:
+    def over_seeds(self, rows: Sequence[Row]) -> Point:
+        """Take the mean over models; return its mean and standard deviation over mask seeds."""
         by_seed: dict[int, list[float]] = {}
         for row in rows:
             found = self.results.get(row) or {}
@@ -210,7 +211,7 @@ def _large_table(measured: Measured, verdicts: dict[str, str]) -> str:
         rows = [row for row in rows if row.method == DARE]
         whole, base = (measured.own(family.name, m, name) for m in (name, "base"))
         cells = [
-            _cell(measured._over_seeds([row for row in rows if row.drop_rate == rate]))
+            _cell(measured.over_seeds([row for row in rows if row.drop_rate == rate]))
             for rate in measured.settings.drop_rates
             if rate
         ]

@@ -33,7 +33,8 @@ def continuation(text: str, draw: random.Random) -> dict[str, object]:
     lines = [line for line in text.splitlines() if len(line.strip()) > 20]
     start = draw.randrange(len(lines) - 4)
     before, right = "\n".join(lines[start : start + 3]), lines[start + 3]
-    others = sorted(draw.sample(lines, 40), key=lambda line: abs(len(line) - len(right)))
+    near = {line: abs(len(line) - len(right)) for line in draw.sample(lines, 40) if line != right}
+    others = sorted(near, key=lambda line: (near[line], line))
     return question(draw, before + "\n", [right, *others[: CHOICES - 1]])
 
 

@@ -115,7 +115,7 @@ class RangeWatch:
 
 def _sample(tensor: Tensor) -> Tensor:
     """Return evenly spaced blocks of a tensor in row order, shape (BLOCKS, BLOCK)."""
-    vector = tensor.detach().reshape(-1)
+    vector = tensor.detach().reshape(-1).contiguous()
     stride = vector.numel() // BLOCKS
     return vector.as_strided((BLOCKS, BLOCK), (stride, 1))
 

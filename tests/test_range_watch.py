@@ -89,6 +89,18 @@ def test_dtypes_and_strides(dtype: torch.dtype) -> None:
     assert torch.equal(theta, before[1])
 
 
+def test_a_vector_of_every_second_element() -> None:
+    """The elements in between are NaN: none of them may be looked at."""
+    theta_0, theta = (
+        torch.stack([t.flatten(), torch.full((SIDE * SIDE,), torch.nan)], dim=1)[:, 0]
+        for t in (base(), tuned(LARGE_SCALE))
+    )
+    assert theta.stride() == (2,)
+    watch = RangeWatch()
+    watch.look(theta_0, [FineTuned("m", theta, 1.0, 0.5)], "w")
+    assert len(watch.warnings()) == 1
+
+
 @pytest.mark.slow
 def test_a_real_merge(tmp_path: Path) -> None:
     """One line on stderr for the model whose deltas are large, none for the other; exit code 0."""

@@ -48,7 +48,7 @@ def reproduce(settings: Settings, folder: Path, results: Path) -> None:
     for family in families:
         models.train_family(family, settings, folder)
         models.make_zeros(family, folder)
-    middle = families[1]
+    middle = models.middle_decoder(families)
     models.train_with_large_deltas(middle, settings, folder)
 
     rows = merges.rows(families, settings)

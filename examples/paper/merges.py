@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paper import tasks
-from paper.models import Family
+from paper.models import Family, middle_decoder
 from paper.settings import Settings
 
 DROP, WEIGHTS, LARGE, MERGE = "drop rates", "weights dropped", "large deltas", "merges"
@@ -93,7 +93,7 @@ def rows(families: Sequence[Family], settings: Settings) -> list[Row]:
 
     """
     encoder = families[-1]
-    middle = families[len(families[:-1]) // 2]
+    middle = middle_decoder(families)
     return [
         *(row for family in families for row in _drop_rates(family, settings, DARE)),
         *(

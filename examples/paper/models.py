@@ -87,6 +87,11 @@ def encoder(settings: Settings) -> Family:
     return Family("encoder", width, tasks.ENCODER_TASKS, tasks.encoder_batch, is_decoder=False)
 
 
+def middle_decoder(families: Sequence[Family]) -> Family:
+    """Return the one that stands for all decoders; ``families`` are they, then the encoder."""
+    return families[len(families[:-1]) // 2]
+
+
 def train_family(family: Family, settings: Settings, folder: Path) -> None:
     """Train the base model, and a fine-tuned model for each task; keep what is there."""
     models = folder / family.name
@@ -103,7 +108,7 @@ def train_family(family: Family, settings: Settings, folder: Path) -> None:
             _train(model, family, [task], settings.tuned, settings, tuned, right=1.0)
 
 
-def train_with_large_deltas(family: Family, settings: Settings, folder: Path) -> Path:
+def train_with_large_deltas(family: Family, settings: Settings, folder: Path) -> None:
     """Train the base on, with a high rate and other data, until its deltas leave the range."""
     models = folder / family.name
     tuned = models / tasks.OTHER_TASK
@@ -111,10 +116,9 @@ def train_with_large_deltas(family: Family, settings: Settings, folder: Path) ->
         model = family.load(models / "base")
         training = settings.pretrained_on
         _train(model, family, [tasks.OTHER_TASK], training, settings, tuned, right=1.0)
-    return tuned
 
 
-def make_zeros(family: Family, folder: Path) -> Path:
+def make_zeros(family: Family, folder: Path) -> None:
     """Save a model of zeros: with it as the base, the deltas are the weights themselves."""
     models = folder / family.name
     zeros = models / "zeros"
@@ -124,7 +128,6 @@ def make_zeros(family: Family, folder: Path) -> Path:
             for parameter in model.parameters():
                 parameter.zero_()
         save(model, zeros)
-    return zeros
 
 
 def _train(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from paper import merges, tasks
 from paper.measure import Results
 from paper.merges import DARE, DROP, DROP_ONLY, LARGE, MAGNITUDE, MERGE, WEIGHTS, Row
-from paper.models import Family, Scores
+from paper.models import Family, Scores, middle_decoder
 from paper.settings import Settings
 
 GAIN_TO_KEEP = 0.95
@@ -45,8 +45,13 @@ class Measured:
         return self.unmerged[family, model][name]
 
     def drop_curve(self, family: str, method: str, study: str = DROP) -> dict[float, Point]:
-        """Return the score on a model's own task, mean over models, by drop rate."""
+        """Return the score on a model's own task, mean over models, by drop rate.
+
+        Empty where nothing of the kind was merged.
+        """
         rows = [r for r in self.rows if (r.study, r.family, r.method) == (study, family, method)]
+        if not rows:
+            return {}
         names = list(dict.fromkeys(row.models for row in rows))
         whole = statistics.mean(self.own(family, name, name) for name in names)
         curve = {0.0: (whole, 0.0)} if study != WEIGHTS else {}
@@ -106,7 +111,7 @@ class Measured:
     @property
     def middle(self) -> Family:
         """The decoder of the middle width."""
-        return self.families[len(self.families[:-1]) // 2]
+        return middle_decoder(self.families)
 
 
 def summary(measured: Measured, verdicts: dict[str, str]) -> str:
@@ -143,22 +148,13 @@ def _drop_table(measured: Measured) -> str:
     for family in measured.families:
         base = measured.base_score(family.name, family.tasks)
         for method in (DARE, DROP_ONLY, MAGNITUDE):
-            curve = (
-                measured.drop_curve(family.name, method) if _has(measured, family, method) else {}
-            )
-            if curve:
+            if curve := measured.drop_curve(family.name, method):
                 cells = [_cell(curve[rate]) for rate in measured.settings.drop_rates]
                 lines.append([family.name, method, f"{base:.1f}", *cells])
     head = ["model", "method", "base", *(f"p = {rate:g}" for rate in measured.settings.drop_rates)]
     return (
         "Score on a fine-tuned model's own task (per cent of held-out items, mean over three "
         "models ± standard deviation over mask seeds) by drop rate p:\n\n" + _table(head, lines)
-    )
-
-
-def _has(measured: Measured, family: Family, method: str) -> bool:
-    return any(
-        (row.study, row.family, row.method) == (DROP, family.name, method) for row in measured.rows
     )
 
 

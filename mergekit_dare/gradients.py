@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mergekit_dare import merging
-from mergekit_dare.masks import MaskBuffers, keep_mask
-from mergekit_dare.merging import Buffers, Combine, FineTuned, Recipe, Term
+from mergekit_dare.buffers import Buffers
+from mergekit_dare.formula import Combine
+from mergekit_dare.masks import MaskBuffers, keep_mask, state_before
+from mergekit_dare.merging import FineTuned, Recipe, Term
 
 
 def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
@@ -91,7 +93,10 @@ def _factors(
     buffers: MaskBuffers,
 ) -> list[Tensor]:
     """Return a_k of one chunk for each term."""
-    masks = [keep_mask(term.key, term.t, start, torch.empty_like(base), buffers) for term in terms]
+    masks = [
+        keep_mask(state_before(term.key, start), term.t, torch.empty_like(base), buffers)
+        for term in terms
+    ]
     if recipe.combine is Combine.LINEAR:
         return [m * term.factor for m, term in zip(masks, terms, strict=True)]
     # The same roundings in the same order as in merging, so that the same signs are elected.

@@ -52,6 +52,8 @@ _SHIFTS = [
 
 # T - 2**15 for each T: what a lane is compared with.
 _LANE_THRESHOLDS = torch.arange(-(1 << 15), 1 << 15, device="cpu").to(torch.int16)
+# 1 in each lane of a word, and the top bit of each lane.
+_EACH_LANE, _TOP_BITS = 0x0001000100010001, _signed(0x8000800080008000)
 
 
 def threshold(density: float) -> int:
@@ -162,12 +164,22 @@ class MaskBuffers:
         )
 
 
-def splitmix64(key: int, start: int, buffers: MaskBuffers) -> Tensor:
-    """Return outputs of SplitMix64 with state ``key``, as many as ``buffers`` has words.
+def state_before(key: int, start: int) -> int:
+    """Return SplitMix64's state before the word of an element, as torch's signed integer.
 
     Args:
-        key: The 64-bit state before the first output.
-        start: Index of the first word, counted from 0.
+        key: The tensor's key, from :func:`mask_key`.
+        start: Index of the element in the tensor in row order, a multiple of 4.
+
+    """
+    return _signed(key + start // LANES_PER_WORD * _GAMMA)
+
+
+def splitmix64(state: int | Tensor, buffers: MaskBuffers) -> Tensor:
+    """Return outputs of SplitMix64, as many as ``buffers`` has words.
+
+    Args:
+        state: The state before the first output, from :func:`state_before`.
         buffers: Scratch space; overwritten.
 
     Returns:
@@ -175,7 +187,7 @@ def splitmix64(key: int, start: int, buffers: MaskBuffers) -> Tensor:
 
     """
     z, shifted = buffers.words, buffers.shifted
-    torch.add(buffers.steps, _signed(key + start * _GAMMA), out=z)
+    torch.add(buffers.steps, state, out=z)
     _xor_shift(z, 0, shifted).mul_(_MULTIPLIER_1)
     _xor_shift(z, 1, shifted).mul_(_MULTIPLIER_2)
     return _xor_shift(z, 2, shifted)
@@ -187,13 +199,12 @@ def _xor_shift(z: Tensor, step: int, shifted: Tensor) -> Tensor:
     return z.bitwise_xor_(shifted.bitwise_and_(low_bits))
 
 
-def keep_mask(key: int, t: int, start: int, out: Tensor, buffers: MaskBuffers) -> Tensor:
+def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBuffers) -> Tensor:
     """Write the keep mask of some elements of a tensor into ``out``.
 
     Args:
-        key: The tensor's key, from :func:`mask_key`.
+        state: Where the elements are in which mask, from :func:`state_before`.
         t: The density in units of 1 / 65536, from :func:`threshold`.
-        start: Index of the first element in the tensor in row order, a multiple of 4.
         out: Shape (buffers.elements,), any dtype: becomes 1 where an element is kept, else 0.
         buffers: Scratch space; overwritten.
 
@@ -201,7 +212,31 @@ def keep_mask(key: int, t: int, start: int, out: Tensor, buffers: MaskBuffers) -
         ``out``.
 
     """
+    if torch.compiler.is_compiling() and isinstance(t, Tensor):
+        return out.copy_(kept_lanes(splitmix64(state, buffers), t))
     if t >= LANE_VALUES:
         return out.fill_(1)
-    splitmix64(key, start // LANES_PER_WORD, buffers)
+    splitmix64(state, buffers)
     return out.copy_(buffers.lanes.lt_(_LANE_THRESHOLDS[t]))
+
+
+def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
+    """Compare the four lanes of each word at once, without 16-bit operations.
+
+    torch's compiler has no vectors of 16-bit integers; one by one, these operations on words would
+    take longer than one comparison of lanes.
+
+    Args:
+        words: int64, shape (words,).
+        t: int64, shape (): from 1 to 65536.
+
+    Returns:
+        bfloat16, shape (4 * words,): 1 where an element is kept, else 0.
+
+    """
+    # A kept lane's unsigned value, which has the other top bit, is at most T - 1.
+    largest = (t - 1) * _EACH_LANE
+    low_bits_at_most = (largest | _TOP_BITS) - (words & ~_TOP_BITS)  # in the top bits
+    kept = (largest & words) | ((largest ^ words) & low_bits_at_most)
+    ones = (kept >> 15) & _EACH_LANE
+    return ((ones << 14) - (ones << 7)).view(torch.bfloat16)  # 0x3F80 is 1.0

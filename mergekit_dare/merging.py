@@ -1,53 +1,25 @@
-"""The formula of DARE: drop, rescale, combine, on plain tensors.
+"""Merge the fine-tuned models' versions of one tensor into the base model's.
 
-In the notation of DARE (arXiv 2311.03099, section 3) and TIES (arXiv 2306.01708, section 3),
-for base model theta_0 and fine-tuned models theta_k with weight w_k and density d_k = 1 - p_k,
-element by element::
-
-    delta_k = theta_k - theta_0                      in float32 (float64 for float64 inputs)
-    m_k     ~ Bernoulli(d_k)                         mergekit_dare.masks
-    hat_k   = m_k * delta_k / d_k                    without "/ d_k" if rescale is false
-    linear:   D = sum_k w_k hat_k                    normalize: / sum_k w_k
-    ties:     s = sign(sum_k w_k hat_k), 0 counts as +
-              D = sum of the w_k hat_k whose sign is s    normalize: / the sum of those w_k
-    out     = theta_0 + lambda * D                   rounded once, to the dtype of theta_0
-
-A divisor of 0, or for linear under 1e-8, counts as 1, as in mergekit. An element that is
-equal in both models has delta 0 even where it is infinite.
-
-The tensors are worked through in chunks, so that memory stays small whatever their size. Every
-operation is a single rounding that no compiler may fuse with another, so that the result is
-the same to the bit for every chunk size, number of threads and device.
+The formula itself is in :mod:`mergekit_dare.formula`; here are its inputs and outputs: what is
+checked before, what the numbers in it are, and what may not leave it.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-from mergekit_dare.masks import LANE_VALUES, MaskBuffers, keep_mask, mask_key, threshold
-
-# Elements in a chunk. A smaller one wastes time on calls (and torch gives a core no fewer than
-# 2**15 words of the mask, which are 2**17 elements), a larger one does not stay in a core's own
-# cache. An accelerator needs enough elements to be busy. The largest chunk takes 40 MB of buffers
-# on a CPU, 170 MB on an accelerator.
-CPU_CHUNK_PER_THREAD, LARGEST_CPU_CHUNK = 1 << 17, 1 << 20
-ACCELERATOR_CHUNK = 1 << 22
+from mergekit_dare import compiled
+from mergekit_dare.buffers import Buffers, chunk_size, chunks
+from mergekit_dare.formula import Combine, Numbers, Steps, keep_negative_zeros, merge_chunk
+from mergekit_dare.masks import LANE_VALUES, mask_key, state_before, threshold
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
-
-
-class Combine(Enum):
-    """How the sparsified deltas of several models become one."""
-
-    LINEAR = "linear"
-    TIES = "ties"
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,194 +153,43 @@ def _merge_chunks(
 ) -> float:
     """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
-    The bound is the largest chunk's L2 norm, which takes a fifth of the time of a maximum.
-    ``equal_infinities`` makes the delta of elements that are equal zero also where they are
-    infinite; that takes time and is rarely needed.
+    The bound is the largest chunk's L2 norm.
     """
-    buffers = Buffers.of_this_thread(theta_0.device, work_dtype(theta_0, terms))
-    square_sums: list[Tensor] = []
-    vectors = (out, theta_0, *(term.theta for term in terms))
-    for start, (out_chunk, base_chunk, *theta_chunks) in chunks(buffers.capacity, *vectors):
-        b = buffers.first(out_chunk.numel())
-        base = base_chunk if base_chunk.dtype == b.dtype else b.base.copy_(base_chunk)
-        for term, theta in zip(terms, theta_chunks, strict=True):
-            delta = _delta(theta, base, out=b.delta)
-            if equal_infinities:
-                delta.masked_fill_(theta == base_chunk, 0)
-            m = keep_mask(term.key, term.t, start, b.mask, b.mask_buffers)
-            _add_term(b, m, delta.mul_(term.factor), term, recipe, first=term is terms[0])
-        result = out_chunk if out_chunk.dtype == b.dtype else b.delta
-        if recipe.combine is Combine.LINEAR:
-            torch.add(base, b.sum, out=result)
-        else:
-            torch.add(base, _twice_elected_sum(b, recipe), alpha=0.5, out=result)
-        square_sums.append(torch.dot(result, result))
-        if result is not out_chunk:
-            out_chunk.copy_(result)
-        _keep_negative_zeros(out_chunk, base_chunk)
-    return math.sqrt(float(torch.stack(square_sums).max()))
-
-
-def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:
-    """delta_k = theta_k - theta_0."""
-    if theta.dtype == out.dtype:
-        return torch.sub(theta, base, out=out)
-    return out.copy_(theta).sub_(base)
-
-
-def _add_term(b: Buffers, m: Tensor, x: Tensor, term: Term, recipe: Recipe, *, first: bool) -> None:
-    """Add w_k hat_k = m_k x_k to the sum and, for TIES, to what decides the election."""
-    if recipe.combine is Combine.LINEAR:
-        _accumulate(b.sum, m, x, first)
-        return
-    if recipe.normalize:
-        _accumulate_weights(b, m, x, term.model.weight, first)
-    if first:
-        torch.mul(m, x, out=b.sum)
-        torch.abs(b.sum, out=b.magnitudes)
-    else:  # the masked term serves twice, so it pays to write it
-        b.sum.add_(x.mul_(m))
-        b.magnitudes.add_(x.abs_())
-
-
-def _accumulate(total: Tensor, m: Tensor, x: Tensor, first: bool) -> None:
-    """Add m_k x_k to the sum, or start the sum with it.
-
-    m is 0 or 1, so the product is exact: a fused multiply-add gives the same bits.
-    """
-    if first:
-        torch.mul(m, x, out=total)
-    else:
-        total.addcmul_(m, x)
-
-
-def _accumulate_weights(b: Buffers, m: Tensor, x: Tensor, weight: float, first: bool) -> None:
-    """Add what a normalized TIES divides by: the weights, with the sign of each term and without.
-
-    As in :func:`_twice_elected_sum`, (sum of weights + s * signed sum) / 2 are the weights of
-    the terms with sign s.
-    """
-    sign = torch.sign(x, out=b.scratch)
-    _accumulate(b.signed_weights, m, sign.mul_(weight), first)
-    _accumulate(b.weights, m, sign.abs_().mul_(math.copysign(1, weight)), first)
-
-
-def _twice_elected_sum(b: Buffers, recipe: Recipe) -> Tensor:
-    """2 lambda D for TIES, from the sum of the terms and the sum of their magnitudes.
-
-    With s the sign of the sum, the terms of sign s add up to (sum + s * sum of magnitudes) / 2,
-    so no term needs to be kept until s is known. Both summands have the sign s, so nothing
-    cancels. The sum is never -0 unless every term is 0: its sign bit is s.
-    """
-    integer, sign_bit = _INTEGERS[b.dtype]
-    s = torch.bitwise_and(b.sum.view(integer), sign_bit, out=b.mask.view(integer))
-    b.magnitudes.view(integer).bitwise_or_(s)
-    twice = b.magnitudes.add_(b.sum)
-    if recipe.normalize:
-        b.signed_weights.view(integer).bitwise_xor_(s)
-        divisor = b.weights.add_(b.signed_weights).mul_(0.5)
-        twice.div_(divisor.masked_fill_(divisor == 0, 1))
-    return twice if recipe.lambda_ == 1 else twice.mul_(recipe.lambda_)
-
-
-# The integers of a float's width, and the one that has but its sign bit set: -0.0, the least.
-_INTEGERS = {
-    dtype: (integer, torch.iinfo(integer).min)
-    for dtype, integer in (
-        (torch.bfloat16, torch.int16),
-        (torch.float16, torch.int16),
-        (torch.float32, torch.int32),
-        (torch.float64, torch.int64),
+    ties = recipe.combine is Combine.TIES
+    half = 0.5 if ties else 1.0
+    steps = Steps(
+        recipe.combine,
+        normalize=ties and recipe.normalize,
+        scale=ties and recipe.lambda_ != 1,
+        equal_infinities=equal_infinities,
     )
-}
-SUPPORTED_DTYPES = tuple(_INTEGERS)
-
-
-def _keep_negative_zeros(out: Tensor, base: Tensor) -> None:
-    """Undo -0.0 + 0.0 = 0.0: where all is dropped, the result is the base to the bit."""
-    integer, negative_zero = _INTEGERS[base.dtype]
-    base_bits = base.view(integer)
-    if int(base_bits.min()) == negative_zero:
-        out_bits = out.view(integer)
-        out_bits.masked_fill_((base_bits == negative_zero) & (out_bits == 0), negative_zero)
+    numbers = Numbers(
+        states=(),
+        thresholds=[term.t for term in terms],
+        factors=[term.factor * half for term in terms],
+        weights=[term.model.weight * half for term in terms],
+        lambda_=recipe.lambda_,
+    )
+    dtype = work_dtype(theta_0, terms)
+    thetas = [term.theta for term in terms]
+    keys = [term.key for term in terms]
+    done, largest = compiled.merge_chunks(out, theta_0, thetas, keys, numbers, steps, dtype)
+    square_sums = [largest]
+    buffers = Buffers.of_this_thread(theta_0.device, dtype)
+    for start, (out_chunk, base_chunk, *theta_chunks) in chunks(
+        buffers.capacity, out, theta_0, *thetas, start=done
+    ):
+        numbers = numbers._replace(states=[state_before(key, start) for key in keys])
+        b = buffers.first(out_chunk.numel())
+        square_sums.append(merge_chunk(out_chunk, base_chunk, theta_chunks, numbers, steps, b))
+        keep_negative_zeros(out_chunk, base_chunk)
+    return math.sqrt(float(torch.stack(square_sums).max()))
 
 
 def work_dtype(theta_0: Tensor, terms: Sequence[Term]) -> torch.dtype:
     """Return the dtype of all arithmetic: float64 if an input is float64, else float32."""
     dtypes = {theta_0.dtype, *(term.theta.dtype for term in terms)}
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def chunk_size(device: torch.device) -> int:
-    """Return the number of elements that are worked on at once, a multiple of 4."""
-    if device.type != "cpu":
-        return ACCELERATOR_CHUNK
-    return min(CPU_CHUNK_PER_THREAD * torch.get_num_threads(), LARGEST_CPU_CHUNK)
-
-
-def chunks(size: int, *vectors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield the index of each chunk's first element and the chunk's part of each vector."""
-    elements = vectors[0].numel()
-    if elements <= size:  # the common case; a split takes as long as merging 10,000 elements
-        yield 0, vectors
-        return
-    yield from zip(
-        range(0, elements, size),
-        zip(*(torch.split(vector, size) for vector in vectors), strict=True),
-        strict=True,
-    )
-
-
-@dataclass
-class Buffers:
-    """All the memory that a merge needs beside its inputs and its output.
-
-    Every tensor has the shape (capacity,) and the dtype of the arithmetic.
-    """
-
-    mask_buffers: MaskBuffers
-    rows: Tensor
-    base: Tensor
-    delta: Tensor
-    mask: Tensor
-    sum: Tensor
-    magnitudes: Tensor
-    signed_weights: Tensor
-    weights: Tensor
-    scratch: Tensor
-
-    @property
-    def capacity(self) -> int:
-        """Elements in a chunk."""
-        return self.base.numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic."""
-        return self.base.dtype
-
-    @classmethod
-    def of_this_thread(cls, device: torch.device, dtype: torch.dtype) -> Buffers:
-        """Return the calling thread's buffers, which are made once and then kept."""
-        kept: dict[tuple[torch.device, torch.dtype], Buffers]
-        kept = _PER_THREAD.__dict__.setdefault("buffers", {})
-        buffers = kept.get((device, dtype))
-        capacity = chunk_size(device)
-        if buffers is None or buffers.capacity != capacity:
-            rows = torch.empty(8, capacity, dtype=dtype, device=device)
-            mask_buffers = MaskBuffers.allocate(capacity, device)
-            buffers = kept[device, dtype] = cls(mask_buffers, rows, *rows.unbind())
-        return buffers
-
-    def first(self, elements: int) -> Buffers:
-        """Return views of the first ``elements`` elements."""
-        if elements == self.capacity:
-            return self
-        rows = self.rows[:, :elements]
-        return Buffers(self.mask_buffers.first(elements), rows, *rows.unbind())
-
-
-_PER_THREAD = threading.local()
 
 
 def _overflow_limit(dtype: torch.dtype) -> float:

@@ -24,7 +24,8 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_dare import __version__, gradients, registration
-from mergekit_dare.merging import Combine, FineTuned, Recipe
+from mergekit_dare.formula import Combine
+from mergekit_dare.merging import FineTuned, Recipe
 from mergekit_dare.range_watch import WATCH
 
 PAPER_URL = "https://arxiv.org/abs/2311.03099"

@@ -1,8 +1,9 @@
-"""Run the quick selection of the tests with other versions of Python and of what mergekit needs.
+"""Run tests with other versions of Python and of what mergekit needs.
 
 Usage: python3 tests/matrix.py [ROW...]
 
-Each row gets an environment of its own in a temporary folder, of some 6 GB where torch comes with
+They are the quick selection, and those of compiled code, which is torch's own in each version. Each
+row gets an environment of its own in a temporary folder, of some 6 GB where torch comes with
 CUDA. A row whose Python is not on this machine is named and left out.
 """
 
@@ -86,8 +87,12 @@ def _run_row(
     print(f"== {name}: Python ", end="", flush=True)
     subprocess.run([program, "-c", shown], check=True)
     deselected = [f"--deselect={test}" for test in left_out]
-    tests = [program, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    return subprocess.run([*tests, *deselected], cwd=PROJECT, check=False).returncode == 0
+    pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    selections = (["-m", "not slow", *deselected], ["tests/test_compiled.py"])
+    return all(
+        subprocess.run([*pytest, *selection], cwd=PROJECT, check=False).returncode == 0
+        for selection in selections
+    )
 
 
 if __name__ == "__main__":

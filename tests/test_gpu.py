@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_dare import merging
+from mergekit_dare import buffers, merging
+from mergekit_dare.formula import Combine
 from mergekit_dare.masks import mask_key
-from mergekit_dare.merging import Combine
 from tests.test_merging import ALL_DTYPES, BOTH, assert_same_bits, family, models, recipe
 
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 @BOTH
 @ALL_DTYPES
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "sum"])
-@pytest.mark.parametrize("elements", [1, 1023, 100_003, merging.ACCELERATOR_CHUNK + 5])
+@pytest.mark.parametrize("elements", [1, 1023, 100_003, buffers.ACCELERATOR_CHUNK + 5])
 def test_the_bytes_of_the_cpu(
     combine: Combine, dtype: torch.dtype, normalize: bool, elements: int
 ) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mergekit_dare import gradients, merging
+from mergekit_dare import buffers, gradients, merging
+from mergekit_dare.formula import Combine
 from mergekit_dare.masks import mask_key
-from mergekit_dare.merging import Combine
 from tests.test_merging import BOTH, assert_same_bits, family, models, randn, recipe
 
 WEIGHTS = [0.7, -0.2, 0.5]
@@ -95,7 +95,7 @@ def test_several_chunks(combine: Combine, monkeypatch: pytest.MonkeyPatch) -> No
         return list(torch.autograd.grad(merged.square().sum(), inputs))
 
     expected = gradients_of_all()
-    monkeypatch.setattr(merging, "LARGEST_CPU_CHUNK", 64)
+    monkeypatch.setattr(buffers, "LARGEST_CPU_CHUNK", 64)
     for actual, whole in zip(gradients_of_all(), expected, strict=True):
         assert_same_bits(actual, whole)
 

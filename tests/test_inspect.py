@@ -107,7 +107,8 @@ def test_figures_of_a_pair(family: Path, tmp_path: Path) -> None:
 def test_noise_is_what_dare_adds() -> None:
     """Mean squared distance of the merged from the fine-tuned tensor; 2 % is over 6 deviations."""
     from mergekit_dare import merging
-    from mergekit_dare.merging import Combine, FineTuned, Recipe
+    from mergekit_dare.formula import Combine
+    from mergekit_dare.merging import FineTuned, Recipe
 
     base = randn(0, 400_000, dtype=torch.float64)
     tuned = base + randn(1, 400_000, dtype=torch.float64) * 0.01

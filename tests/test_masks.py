@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dare.masks import MaskBuffers, keep_mask, mask_key, splitmix64, threshold
+from mergekit_dare.masks import (
+    MaskBuffers,
+    keep_mask,
+    kept_lanes,
+    mask_key,
+    splitmix64,
+    state_before,
+    threshold,
+)
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -22,7 +30,7 @@ Z = 4.9
 
 def mask_of(key: int, density: float, count: int, start: int = 0) -> Tensor:
     buffers = MaskBuffers.allocate(count, CPU)
-    return keep_mask(key, threshold(density), start, torch.empty(count), buffers)
+    return keep_mask(state_before(key, start), threshold(density), torch.empty(count), buffers)
 
 
 def weights(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,7 +39,7 @@ def weights(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def test_published_splitmix64_outputs() -> None:
-    words = splitmix64(1234567, 0, MaskBuffers.allocate(20, CPU))
+    words = splitmix64(1234567, MaskBuffers.allocate(20, CPU))
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -46,7 +54,7 @@ def test_published_splitmix64_outputs() -> None:
 @pytest.mark.parametrize("key", [0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15])
 def test_any_word_without_the_words_before_it(key: int) -> None:
     expected = reference.splitmix64(key, 1000)
-    words = splitmix64(key, 900, MaskBuffers.allocate(400, CPU))
+    words = splitmix64(state_before(key, 4 * 900), MaskBuffers.allocate(400, CPU))
     assert [word % 2**64 for word in words.tolist()] == expected[900:]
 
 
@@ -54,6 +62,18 @@ def test_any_word_without_the_words_before_it(key: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1021])
 def test_equals_the_plain_python_mask(density: float, count: int) -> None:
     assert mask_of(99, density, count).bool().tolist() == reference.keep_mask(99, density, count)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 255, 32767, 32768, 32769, 40_000, 65535, 65536])
+def test_lanes_compared_in_words(t: int) -> None:
+    """Every lane value in every lane, beside every kind of neighbour."""
+    values = torch.arange(1 << 16, dtype=torch.int32)
+    lanes = torch.stack([values, values.flip(0), values * 7919 % 65536, 65535 - values], dim=1)
+    words = lanes.to(torch.int16).view(torch.int64).view(-1)
+    kept = kept_lanes(words, torch.tensor(t))
+    assert kept.dtype == torch.bfloat16
+    signed = torch.where(lanes >= 32768, lanes - 65536, lanes)
+    assert torch.equal(kept.view(-1, 4), (signed < t - 32768).bfloat16())
 
 
 def test_a_part_of_a_mask_is_that_part() -> None:
@@ -100,7 +120,7 @@ def test_no_correlation_at_a_lag(density: float, lag: int) -> None:
 
 def test_lanes_are_uniform() -> None:
     """Chi-square over 256 classes of the high byte of each of the four lanes; false alarms 1e-6."""
-    words = splitmix64(5, 0, MaskBuffers.allocate(1 << 23, CPU))
+    words = splitmix64(5, MaskBuffers.allocate(1 << 23, CPU))
     lanes = words.view(torch.int16).view(-1, 4)
     for lane in range(4):
         counts = torch.bincount((lanes[:, lane].int() + 32768) >> 8, minlength=256).double()

@@ -21,7 +21,7 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_dare import __version__, merging
-from mergekit_dare.merging import Combine
+from mergekit_dare.formula import Combine
 from mergekit_dare.methods import DareMethod, dare_linear, dare_ties
 from tests.running import Config, merge_yaml
 from tests.test_merging import assert_same_bits, family, models, randn, recipe

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+
+from mergekit_dare import compiled
 
 SECTIONS = {
     "kernel": "time of merging one tensor",
+    "startup": "what compiled code costs at first, and from what size of merge it pays",
     "memory": "peak memory of merging one tensor, beside inputs and output",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
 }
@@ -23,6 +27,7 @@ def main() -> None:
         module.add_arguments(section)
         section.set_defaults(run=module.run)
     arguments = parser.parse_args()
+    os.environ.pop(compiled.SWITCH, None)  # each section switches it on where it is measured
     arguments.run(arguments)
 
 

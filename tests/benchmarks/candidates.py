@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
+from mergekit_dare import compiled
 from mergekit_dare.merging import FineTuned
 from mergekit_dare.methods import dare_linear, dare_ties
 from mergekit_dare.range_watch import RangeWatch
@@ -66,6 +68,19 @@ def merge(method: MergeMethod, inputs: list[Tensor]) -> Merge:
     given: dict[str, Any] = {"weight": WEIGHT, "density": DENSITY}
     parameters = {name: value for name, value in given.items() if name in known}
     return lambda: method((group,), parameters=parameters)
+
+
+def compiled_merge(merge: Merge) -> Merge:
+    """Return the same call with compiled code."""
+
+    def with_compiled_code() -> object:
+        os.environ[compiled.SWITCH] = "1"
+        try:
+            return merge()
+        finally:
+            del os.environ[compiled.SWITCH]
+
+    return with_compiled_code
 
 
 def range_watch(inputs: list[Tensor]) -> Merge:

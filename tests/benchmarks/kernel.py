@@ -68,6 +68,9 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         for name, method in candidates.methods().items()
         if not (arguments.no_built_in and name.startswith("built-in"))
     }
+    if arguments.device == "cpu":
+        for method in ("linear", "ties"):
+            merges[f"compiled {method}"] = candidates.compiled_merge(merges[f"dare_{method}"])
     merges["floor"] = candidates.floor(inputs)
     merges["range watch"] = candidates.range_watch(inputs)
     times: dict[str, list[float]] = {name: [] for name in merges}
@@ -87,10 +90,13 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         f"{name} ns": statistics.median(values) * scale for name, values in times.items()
     }
     for method in ("linear", "ties"):
-        ours = times[f"dare_{method}"]
-        if f"built-in {method}" in times:
-            row[f"built-in / {method}"] = paired_ratio(times[f"built-in {method}"], ours)
-        row[f"{method} / task_arithmetic"] = paired_ratio(ours, times["task_arithmetic"])
-        row[f"{method} / floor"] = paired_ratio(ours, times["floor"])
-        row[f"range watch / {method}"] = paired_ratio(times["range watch"], ours)
+        for name in (f"dare_{method}", f"compiled {method}"):
+            ours = times.get(name)
+            if ours is None:
+                continue
+            if f"built-in {method}" in times:
+                row[f"built-in / {name}"] = paired_ratio(times[f"built-in {method}"], ours)
+            row[f"{name} / task_arithmetic"] = paired_ratio(ours, times["task_arithmetic"])
+            row[f"{name} / floor"] = paired_ratio(ours, times["floor"])
+            row[f"range watch / {name}"] = paired_ratio(times["range watch"], ours)
     return row

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_dare import merging
+from mergekit_dare import buffers
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 
@@ -31,14 +31,22 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure every method and print one row for each."""
     dtype = candidates.DTYPES[arguments.dtype]
     inputs = candidates.tensors(arguments.models, arguments.elements, dtype, arguments.device)
-    small = [tensor[:4096] for tensor in inputs]
+    small = [tensor[: 1 << 21] for tensor in inputs]
     rows = []
-    for name, method in tqdm(candidates.methods().items(), file=sys.stderr):
-        candidates.merge(method, small)()  # what is loaded once is not a part of the merge
-        vars(merging._PER_THREAD).clear()  # but the buffers that we keep are
+    merges = {
+        name: (candidates.merge(method, small), candidates.merge(method, inputs))
+        for name, method in candidates.methods().items()
+    }
+    if arguments.device == "cpu":
+        for method in ("linear", "ties"):
+            both = merges[f"dare_{method}"]
+            first, second = (candidates.compiled_merge(merge) for merge in both)
+            merges[f"compiled {method}"] = (first, second)
+    for name, (merge_small, merge) in tqdm(merges.items(), file=sys.stderr):
+        merge_small()  # what is loaded and compiled once is not a part of the merge
+        vars(buffers._PER_THREAD).clear()  # but the buffers that we keep are
         if arguments.device == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be had for nothing
-        merge = candidates.merge(method, inputs)
         peak = _peak_on_cpu(merge) if arguments.device == "cpu" else _peak_on_cuda(merge)
         row: dict[str, Any] = {"method": name, "elements": arguments.elements}
         row |= {"models": arguments.models, "dtype": arguments.dtype}

@@ -17,18 +17,22 @@ import yaml
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mergekit_dare import autoload, compiled
 from tests.benchmarks.candidates import DENSITY, WEIGHT
 from tests.benchmarks.report import paired_ratio, show
 
 MODELS = ["a", "b", "c"]
-# name: method, MERGEKIT_DARE
-RUNS = {
-    "dare_linear": ("dare_linear", "1"),
-    "dare_ties": ("dare_ties", "1"),
-    "built-in linear": ("dare_linear", "0"),
-    "built-in ties": ("dare_ties", "0"),
-    "task_arithmetic": ("task_arithmetic", "1"),
-    "passthrough (I/O only)": ("passthrough", "1"),
+COMPILED, BUILT_IN = {compiled.SWITCH: "1"}, {autoload.SWITCH: "0"}
+# name: method, environment
+RUNS: dict[str, tuple[str, dict[str, str]]] = {
+    "dare_linear": ("dare_linear", {}),
+    "dare_ties": ("dare_ties", {}),
+    "compiled linear": ("dare_linear", COMPILED),
+    "compiled ties": ("dare_ties", COMPILED),
+    "built-in linear": ("dare_linear", BUILT_IN),
+    "built-in ties": ("dare_ties", BUILT_IN),
+    "task_arithmetic": ("task_arithmetic", {}),
+    "passthrough (I/O only)": ("passthrough", {}),
 }
 
 
@@ -53,10 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
     peaks: dict[str, list[float]] = {name: [] for name in runs}
     progress = tqdm(total=(arguments.rounds + 1) * len(runs), file=sys.stderr)
     for round_number in range(-1, arguments.rounds):  # one round to warm up
-        for name, (method, switch) in runs.items():
+        for name, (method, environment) in runs.items():
             if round_number < 0 and name.startswith("built-in"):
                 continue
-            wall, peak = _merge(folder, method, switch)
+            wall, peak = _merge(folder, method, environment)
             progress.update()
             if round_number >= 0:
                 seconds[name].append(wall)
@@ -101,7 +105,7 @@ def _make_models(folder: Path) -> int:
     return count
 
 
-def _merge(folder: Path, method: str, switch: str) -> tuple[float, float]:
+def _merge(folder: Path, method: str, environment: dict[str, str]) -> tuple[float, float]:
     """Run one merge; return its wall time in seconds and its peak resident memory in MiB."""
     models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in MODELS]
     config: dict[str, Any] = {"merge_method": method, "models": models}
@@ -118,7 +122,7 @@ def _merge(folder: Path, method: str, switch: str) -> tuple[float, float]:
     start = time.perf_counter()
     process = subprocess.Popen(
         [Path(sys.executable).parent / "mergekit-yaml", path, out, "--quiet"],
-        env=os.environ | {"MERGEKIT_DARE": switch, "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )

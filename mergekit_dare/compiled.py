@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.buffers import Buffers, chunks
-from mergekit_dare.formula import Numbers, Steps, keep_negative_zeros, merge_chunk
+from mergekit_dare.formula import Numbers, Steps, merge_chunk
 from mergekit_dare.masks import state_before
 
 SWITCH = "MERGEKIT_DARE_COMPILE"
@@ -74,7 +74,6 @@ def merge_chunks(
         square_sum = _try(case, out_chunk, base_chunk, theta_chunks, with_states, steps, dtype)
         if square_sum is None:
             break
-        keep_negative_zeros(out_chunk, base_chunk)
         torch.maximum(largest, square_sum, out=largest)
         merged += CHUNK
     return merged, largest

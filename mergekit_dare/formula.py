@@ -124,6 +124,8 @@ def merge_chunk(
                 _accumulate_weights(b, m, x, numbers.weights[k], first=k == 0)
             _accumulate_with_magnitudes(b, m, x, first=k == 0)
     merged = b.sum if steps.combine is Combine.LINEAR else _elected(b, steps, numbers.lambda_)
+    if torch.compiler.is_compiling() or _has_negative_zeros(theta_0):
+        merged.masked_fill_(merged == 0, -0.0)  # x + -0.0 is x, but -0.0 + 0.0 is 0.0
     result = torch.add(base, merged, out=out if out.dtype == b.dtype else b.delta)
     if result is not out:
         out.copy_(result)
@@ -189,10 +191,6 @@ _INTEGERS = {
 }
 
 
-def keep_negative_zeros(out: Tensor, base: Tensor) -> None:
-    """Undo -0.0 + 0.0 = 0.0: where all is dropped, the result is the base to the bit."""
-    integer, negative_zero = _INTEGERS[base.dtype]
-    base_bits = base.view(integer)
-    if int(base_bits.min()) == negative_zero:
-        out_bits = out.view(integer)
-        out_bits.masked_fill_((base_bits == negative_zero) & (out_bits == 0), negative_zero)
+def _has_negative_zeros(theta_0: Tensor) -> bool:
+    integer, negative_zero = _INTEGERS[theta_0.dtype]
+    return int(theta_0.view(integer).min()) == negative_zero

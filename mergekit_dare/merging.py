@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dare import compiled
 from mergekit_dare.buffers import Buffers, chunk_size, chunks
-from mergekit_dare.formula import Combine, Numbers, Steps, keep_negative_zeros, merge_chunk
+from mergekit_dare.formula import Combine, Numbers, Steps, merge_chunk
 from mergekit_dare.masks import LANE_VALUES, mask_key, state_before, threshold
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
@@ -182,7 +182,6 @@ def _merge_chunks(
         numbers = numbers._replace(states=[state_before(key, start) for key in keys])
         b = buffers.first(out_chunk.numel())
         square_sums.append(merge_chunk(out_chunk, base_chunk, theta_chunks, numbers, steps, b))
-        keep_negative_zeros(out_chunk, base_chunk)
     return math.sqrt(float(torch.stack(square_sums).max()))
 
 

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_dare.buffers import Buffers
-from mergekit_dare.masks import keep_mask
+from mergekit_dare.buffers import Buffers, chunks
+from mergekit_dare.masks import keep_mask, state_before
 
 
 class Combine(Enum):
@@ -130,6 +130,45 @@ def merge_chunk(
     if result is not out:
         out.copy_(result)
     return torch.dot(result, result)
+
+
+def merge_chunks(
+    out: Tensor,
+    theta_0: Tensor,
+    thetas: Sequence[Tensor],
+    keys: Sequence[int],
+    numbers: Numbers,
+    steps: Steps,
+    dtype: torch.dtype,
+    *,
+    start: int = 0,
+) -> Tensor | None:
+    """Merge vectors of any size, chunk by chunk.
+
+    Args:
+        out: Shape (elements,): the merged elements are written.
+        theta_0: The base model: shape and dtype of ``out``.
+        thetas: The fine-tuned models, one or more, of this shape.
+        keys: The keys of their masks.
+        numbers: Their numbers, without states.
+        steps: What is done.
+        dtype: The dtype of the arithmetic.
+        start: Index of the first element to merge, a multiple of 4.
+
+    Returns:
+        Shape (): the largest chunk's sum of squares, as from :func:`merge_chunk`; ``None`` if
+        there was no chunk to merge.
+
+    """
+    buffers = Buffers.of_this_thread(theta_0.device, dtype)
+    square_sums: list[Tensor] = []
+    for first, (out_chunk, base_chunk, *theta_chunks) in chunks(
+        buffers.capacity, out, theta_0, *thetas, start=start
+    ):
+        numbers = numbers._replace(states=[state_before(key, first) for key in keys])
+        b = buffers.first(out_chunk.numel())
+        square_sums.append(merge_chunk(out_chunk, base_chunk, theta_chunks, numbers, steps, b))
+    return torch.stack(square_sums).max() if square_sums else None
 
 
 def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:

@@ -38,22 +38,23 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-# 0-dim tensors: torch calls with Python numbers take up to twice as long.
-_MULTIPLIER_1 = torch.tensor(_signed(0xBF58476D1CE4E5B9), dtype=torch.int64, device="cpu")
-_MULTIPLIER_2 = torch.tensor(_signed(0x94D049BB133111EB), dtype=torch.int64, device="cpu")
+def _constant(word: int) -> Tensor:
+    return torch.tensor(_signed(word), dtype=torch.int64, device="cpu")
+
+
+# 0-dim tensors: torch calls with Python numbers take up to twice as long. And in C++, to which
+# torch compiles, signed sums and products that wrap around are undefined: of numbers that it does
+# not know, a compiler concludes nothing; of these, one concluded that a loop ends after 3 words.
+_GAMMA_TENSOR = _constant(_GAMMA)
+_MULTIPLIER_1, _MULTIPLIER_2 = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
 # int64 shifts to the right copy the sign bit; the bit mask makes the shift a logical one.
-_SHIFTS = [
-    (
-        torch.tensor(count, dtype=torch.int64, device="cpu"),
-        torch.tensor((1 << (64 - count)) - 1, dtype=torch.int64, device="cpu"),
-    )
-    for count in (30, 27, 31)
-]
+_SHIFTS = [(_constant(count), _constant((1 << (64 - count)) - 1)) for count in (30, 27, 31)]
 
 # T - 2**15 for each T: what a lane is compared with.
 _LANE_THRESHOLDS = torch.arange(-(1 << 15), 1 << 15, device="cpu").to(torch.int16)
-# 1 in each lane of a word, and the top bit of each lane.
-_EACH_LANE, _TOP_BITS = 0x0001000100010001, _signed(0x8000800080008000)
+# 1 in each lane of a word, the top bit of each lane, and all other bits.
+_EACH_LANE, _TOP_BITS = _constant(0x0001000100010001), _constant(0x8000800080008000)
+_LOW_BITS = _constant(0x7FFF7FFF7FFF7FFF)
 
 
 def threshold(density: float) -> int:
@@ -147,7 +148,7 @@ class MaskBuffers:
         """Allocate for up to ``elements`` elements on ``device``."""
         count = -(-elements // LANES_PER_WORD)
         steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
-        steps.mul_(_signed(_GAMMA))
+        steps.mul_(_GAMMA_TENSOR)
         words = torch.empty_like(steps)
         lanes = words.view(torch.int16)[:elements]
         return cls(elements, steps, words, lanes, torch.empty_like(steps))
@@ -236,7 +237,7 @@ def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
     """
     # A kept lane's unsigned value, which has the other top bit, is at most T - 1.
     largest = (t - 1) * _EACH_LANE
-    low_bits_at_most = (largest | _TOP_BITS) - (words & ~_TOP_BITS)  # in the top bits
+    low_bits_at_most = (largest | _TOP_BITS) - (words & _LOW_BITS)  # in the top bits
     kept = (largest & words) | ((largest ^ words) & low_bits_at_most)
     ones = (kept >> 15) & _EACH_LANE
     return ((ones << 14) - (ones << 7)).view(torch.bfloat16)  # 0x3F80 is 1.0

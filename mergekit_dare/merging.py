@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mergekit_dare import compiled
-from mergekit_dare.buffers import Buffers, chunk_size, chunks
-from mergekit_dare.formula import Combine, Numbers, Steps, merge_chunk
-from mergekit_dare.masks import LANE_VALUES, mask_key, state_before, threshold
+from mergekit_dare.buffers import chunk_size, chunks
+from mergekit_dare.formula import Combine, Numbers, Steps, merge_chunks
+from mergekit_dare.masks import LANE_VALUES, mask_key, threshold
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -171,17 +171,10 @@ def _merge_chunks(
         lambda_=recipe.lambda_,
     )
     dtype = work_dtype(theta_0, terms)
-    thetas = [term.theta for term in terms]
-    keys = [term.key for term in terms]
-    done, largest = compiled.merge_chunks(out, theta_0, thetas, keys, numbers, steps, dtype)
-    square_sums = [largest]
-    buffers = Buffers.of_this_thread(theta_0.device, dtype)
-    for start, (out_chunk, base_chunk, *theta_chunks) in chunks(
-        buffers.capacity, out, theta_0, *thetas, start=done
-    ):
-        numbers = numbers._replace(states=[state_before(key, start) for key in keys])
-        b = buffers.first(out_chunk.numel())
-        square_sums.append(merge_chunk(out_chunk, base_chunk, theta_chunks, numbers, steps, b))
+    vectors = (out, theta_0, [term.theta for term in terms], [term.key for term in terms])
+    done, largest = compiled.merge_chunks(*vectors, numbers, steps, dtype)
+    rest = merge_chunks(*vectors, numbers, steps, dtype, start=done)
+    square_sums = [square_sum for square_sum in (largest, rest) if square_sum is not None]
     return math.sqrt(float(torch.stack(square_sums).max()))
 
 

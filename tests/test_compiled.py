@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from mergekit_dare import compiled, gradients, merging
@@ -29,6 +30,7 @@ CHUNK = 1 << 12
 def _small_chunks_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compiled, "CHUNK", CHUNK)
     monkeypatch.setattr(compiled, "_COMPILED", {})
+    monkeypatch.setattr(compiled, "_CHECKED", set())
     yield
     torch._dynamo.reset()
 
@@ -39,7 +41,7 @@ def merged_elements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     merged: list[int] = []
     merge_chunks = compiled.merge_chunks
 
-    def merge_and_count(*arguments: Any) -> tuple[int, Tensor]:
+    def merge_and_count(*arguments: Any) -> tuple[int, Tensor | None]:
         result = merge_chunks(*arguments)
         merged.append(result[0])
         return result
@@ -80,6 +82,20 @@ def test_the_same_bits(
     assert_same_bits(with_compiled, plain)
     assert merged_elements == [0, 3 * CHUNK]
     assert not torch.equal(bits(plain), bits(base))
+
+
+@needs_compiler
+@BOTH
+@pytest.mark.parametrize("width", [1, 128, 256])
+def test_other_vectors(combine: Combine, width: int, merged_elements: list[int]) -> None:
+    """As on processors without AVX-512, or without any vector instructions."""
+    base, tuned = family(2, 3 * CHUNK, dtype=torch.float32)
+    with torch._inductor.config.patch({"cpp.simdlen": width}):
+        for density in (0.3, 0.9):
+            entries = models(tuned, [0.5, 0.3], density)
+            plain, with_compiled = merge_both_ways(base, entries, recipe(combine))
+            assert_same_bits(with_compiled, plain)
+    assert merged_elements == [0, 3 * CHUNK] * 2
 
 
 @needs_compiler
@@ -244,6 +260,24 @@ def test_one_line_where_compiled_code_fails(
     assert caplog.messages == [
         "MERGEKIT_DARE_COMPILE: merging without compiled code: RuntimeError: no space left"
     ]
+
+
+def test_one_line_where_compiled_code_is_wrong(
+    merged_elements: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def one_bit_off(out: Tensor, *arguments: Any) -> Tensor:
+        square_sum = compiled._merge_chunk(out, *arguments)
+        out.view(torch.int16)[CHUNK - 1] += 1
+        return square_sum
+
+    monkeypatch.setattr(compiled, "_compile", lambda: one_bit_off)
+    base, tuned = family(2, 3 * CHUNK, dtype=torch.bfloat16)
+    for _ in range(2):
+        plain, with_compiled = merge_both_ways(base, models(tuned, 0.5, 0.5), recipe(Combine.TIES))
+        assert_same_bits(with_compiled, plain)
+    assert merged_elements == [0, 0, 0, 0]
+    (message,) = caplog.messages
+    assert message.endswith("it gives other results here, which is an error of the compiler")
 
 
 def test_one_line_where_there_is_no_compiler(tmp_path: Path) -> None:

@@ -25,8 +25,12 @@ from mergekit_dare.masks import state_before
 
 SWITCH = "MERGEKIT_DARE_COMPILE"
 # Elements in a chunk, which are compiled in. Compiled code keeps but the masks of a chunk in
-# memory, 2 bytes for each element and model: these limits hold them to 32 MiB.
-CHUNK, MOST_MODELS = 1 << 20, 16
+# memory, 2 bytes for each element and model: these limits hold them to 16 MiB.
+CHUNK, MOST_MODELS = 1 << 20, 8
+
+# The oldest that this is tested with. The compiler of torch 2.4 makes the whole process flush
+# subnormal numbers to zero (PyTorch issue 135758).
+OLDEST_TORCH = (2, 13)
 
 LOG = logging.getLogger(__name__)
 
@@ -34,6 +38,11 @@ LOG = logging.getLogger(__name__)
 def is_switched_on() -> bool:
     """Tell whether the environment variable ``MERGEKIT_DARE_COMPILE`` asks for compiled code."""
     return os.environ.get(SWITCH, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def is_torch_too_old() -> bool:
+    """Tell whether this torch is older than what compiled code is tested with."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH
 
 
 def merge_chunks(
@@ -66,6 +75,9 @@ def merge_chunks(
     if whole == 0 or not suits or not is_switched_on():
         return 0, None
     case = (steps, dtype, out.dtype, *(theta.dtype for theta in thetas), torch.get_num_threads())
+    if is_torch_too_old():
+        _give_up(case, f"it needs torch {'.'.join(map(str, OLDEST_TORCH))} or later")
+        return 0, None
     tensors = _tensors(numbers)
     largest = torch.zeros((), dtype=dtype)  # one for all: small tensors between large ones cost
     vectors = [vector[:whole] for vector in (out, theta_0, *thetas)]

@@ -2,9 +2,9 @@
 
 Usage: python3 tests/matrix.py [ROW...]
 
-They are the quick selection, and those of compiled code, which is torch's own in each version. Each
-row gets an environment of its own in a temporary folder, of some 6 GB where torch comes with
-CUDA. A row whose Python is not on this machine is named and left out.
+They are the quick selection, and those of compiled code, which torch makes its own way in each
+version. Each row gets an environment of its own in a temporary folder, of some 6 GB where torch
+comes with CUDA. A row whose Python is not on this machine is named and left out.
 """
 
 from __future__ import annotations

@@ -52,18 +52,10 @@ def merge_chunks(
     keys: Sequence[int],
     numbers: Numbers,
     steps: Steps,
-    dtype: torch.dtype,
 ) -> tuple[int, Tensor | None]:
     """Merge as many elements as are to be merged by compiled code, from the first one on.
 
-    Args:
-        out: As for :func:`mergekit_dare.formula.merge_chunks`, like all the others.
-        theta_0: See there.
-        thetas: See there.
-        keys: See there.
-        numbers: See there.
-        steps: See there.
-        dtype: See there.
+    The arguments are those of :func:`mergekit_dare.formula.merge_chunks`.
 
     Returns:
         How many elements were merged, and the largest chunk's sum of squares, if there was one.
@@ -74,25 +66,25 @@ def merge_chunks(
     suits = out.device.type == "cpu" and len(thetas) <= MOST_MODELS and not steps.equal_infinities
     if whole == 0 or not suits or not is_switched_on():
         return 0, None
-    case = (steps, dtype, out.dtype, *(theta.dtype for theta in thetas), torch.get_num_threads())
+    case = (steps, out.dtype, *(theta.dtype for theta in thetas), torch.get_num_threads())
     if is_torch_too_old():
         _give_up(case, f"it needs torch {'.'.join(map(str, OLDEST_TORCH))} or later")
         return 0, None
     tensors = _tensors(numbers)
-    largest = torch.zeros((), dtype=dtype)  # one for all: small tensors between large ones cost
+    # One for all: small tensors that live on between large ones keep freed memory from use.
+    largest = torch.zeros((), dtype=steps.dtype)
     vectors = [vector[:whole] for vector in (out, theta_0, *thetas)]
     for start, (out_chunk, base_chunk, *theta_chunks) in chunks(CHUNK, *vectors):
         states = torch.tensor([state_before(key, start) for key in keys], dtype=torch.int64)
         tensors = tensors._replace(states=states)
-        square_sum = _try(case, out_chunk, base_chunk, theta_chunks, tensors, steps, dtype)
+        square_sum = _try(case, out_chunk, base_chunk, theta_chunks, tensors, steps)
         if square_sum is None:
             return start, largest
         torch.maximum(largest, square_sum, out=largest)
         if start == 0 and case not in _CHECKED and square_sum.isfinite():
             _CHECKED.add(case)
             expected = torch.empty_like(out_chunk)
-            plain = (expected, base_chunk, theta_chunks, keys, numbers, steps, dtype)
-            formula.merge_chunks(*plain)
+            formula.merge_chunks(expected, base_chunk, theta_chunks, keys, numbers, steps)
             if not torch.equal(expected.view(torch.int8), out_chunk.view(torch.int8)):
                 _give_up(case, "it gives other results here, which is an error of the compiler")
                 return start, largest
@@ -154,8 +146,7 @@ def _merge_chunk(
     thetas: Sequence[Tensor],
     numbers: Numbers,
     steps: Steps,
-    dtype: torch.dtype,
 ) -> Tensor:
     """With buffers that the compiler sees come and go, so that it need not fill them."""
-    b = Buffers.allocate(out.numel(), out.device, dtype)
+    b = Buffers.allocate(out.numel(), out.device, steps.dtype)
     return formula.merge_chunk(out, theta_0, thetas, numbers, steps, b)

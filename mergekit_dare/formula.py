@@ -52,6 +52,7 @@ class Steps:
 
     Attributes:
         combine: DARE-linear or DARE-TIES.
+        dtype: The dtype of all arithmetic.
         normalize: TIES only: divide by the weights of the elected terms.
         scale: TIES only: multiply by lambda. For linear, both are in the factors.
         equal_infinities: Make the delta of elements that are equal zero also where they are
@@ -60,6 +61,7 @@ class Steps:
     """
 
     combine: Combine
+    dtype: torch.dtype
     normalize: bool = False
     scale: bool = False
     equal_infinities: bool = False
@@ -139,7 +141,6 @@ def merge_chunks(
     keys: Sequence[int],
     numbers: Numbers,
     steps: Steps,
-    dtype: torch.dtype,
     *,
     start: int = 0,
 ) -> Tensor | None:
@@ -152,7 +153,6 @@ def merge_chunks(
         keys: The keys of their masks.
         numbers: Their numbers, without states.
         steps: What is done.
-        dtype: The dtype of the arithmetic.
         start: Index of the first element to merge, a multiple of 4.
 
     Returns:
@@ -160,7 +160,7 @@ def merge_chunks(
         there was no chunk to merge.
 
     """
-    buffers = Buffers.of_this_thread(theta_0.device, dtype)
+    buffers = Buffers.of_this_thread(theta_0.device, steps.dtype)
     square_sums: list[Tensor] = []
     for first, (out_chunk, base_chunk, *theta_chunks) in chunks(
         buffers.capacity, out, theta_0, *thetas, start=start
@@ -228,6 +228,7 @@ _INTEGERS = {
         (torch.float64, torch.int64),
     )
 }
+SUPPORTED_DTYPES = tuple(_INTEGERS)
 
 
 def _has_negative_zeros(theta_0: Tensor) -> bool:

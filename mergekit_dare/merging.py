@@ -15,11 +15,10 @@ from torch import Tensor
 
 from mergekit_dare import compiled
 from mergekit_dare.buffers import chunk_size, chunks
-from mergekit_dare.formula import Combine, Numbers, Steps, merge_chunks
+from mergekit_dare.formula import SUPPORTED_DTYPES, Combine, Numbers, Steps, merge_chunks
 from mergekit_dare.masks import LANE_VALUES, mask_key, threshold
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +158,7 @@ def _merge_chunks(
     half = 0.5 if ties else 1.0
     steps = Steps(
         recipe.combine,
+        work_dtype(theta_0, terms),
         normalize=ties and recipe.normalize,
         scale=ties and recipe.lambda_ != 1,
         equal_infinities=equal_infinities,
@@ -170,10 +170,9 @@ def _merge_chunks(
         weights=[term.model.weight * half for term in terms],
         lambda_=recipe.lambda_,
     )
-    dtype = work_dtype(theta_0, terms)
     vectors = (out, theta_0, [term.theta for term in terms], [term.key for term in terms])
-    done, largest = compiled.merge_chunks(*vectors, numbers, steps, dtype)
-    rest = merge_chunks(*vectors, numbers, steps, dtype, start=done)
+    done, largest = compiled.merge_chunks(*vectors, numbers, steps)
+    rest = merge_chunks(*vectors, numbers, steps, start=done)
     square_sums = [square_sum for square_sum in (largest, rest) if square_sum is not None]
     return math.sqrt(float(torch.stack(square_sums).max()))
 

@@ -19,6 +19,27 @@ Config = dict[str, Any]
 SCRIPTS = Path(sys.executable).parent
 
 
+def dare(
+    folder: Path,
+    method: str = "dare_ties",
+    names: str = "ab",
+    *,
+    weight: float = 0.5,
+    density: float = 0.5,
+    **parameters: Any,
+) -> Config:
+    """Make a config that merges the models of a folder into its ``base``."""
+    return {
+        "merge_method": method,
+        "base_model": str(folder / "base"),
+        "models": [
+            {"model": str(folder / name), "parameters": {"weight": weight, "density": density}}
+            for name in names
+        ],
+        "parameters": parameters,
+    }
+
+
 def write(config: Config | list[Config], path: Path) -> str:
     """Write one config, or the documents of several, as YAML; return the path."""
     documents = config if isinstance(config, list) else [config]

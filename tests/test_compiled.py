@@ -16,9 +16,19 @@ from torch import Tensor
 
 from mergekit_dare import compiled, gradients, merging
 from mergekit_dare.formula import Combine
-from mergekit_dare.merging import SUPPORTED_DTYPES, FineTuned, Recipe
-from tests.running import merge_yaml, run_command
-from tests.test_merging import ALL_DTYPES, BOTH, assert_same_bits, bits, family, models, recipe
+from mergekit_dare.merging import FineTuned, Recipe
+from tests.running import dare, merge_yaml, run_command
+from tests.test_merging import (
+    ALL_DTYPES,
+    BOTH,
+    DTYPES,
+    assert_same_bits,
+    bits,
+    family,
+    models,
+    peak_beside_output,
+    recipe,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -121,7 +131,7 @@ def test_other_numbers_need_no_other_code(combine: Combine, merged_elements: lis
 def test_more_cases_than_torch_compiles_of_one_code(merged_elements: list[int]) -> None:
     steps = [recipe(Combine.LINEAR), recipe(Combine.TIES)]
     steps.append(recipe(Combine.TIES, normalize=True, lambda_=-0.7))
-    for dtype in SUPPORTED_DTYPES:
+    for dtype in DTYPES:
         base, tuned = family(4, CHUNK, dtype=dtype)
         for settings in steps:
             merging.merge(base, models(tuned, 0.1, 0.5), settings)
@@ -189,28 +199,14 @@ def test_memory(merged_elements: list[int], monkeypatch: pytest.MonkeyPatch) -> 
     tuned = [torch.full_like(base, 0.01 * k) for k in range(compiled.MOST_MODELS + 1)]
     entries = models(tuned[1:], 0.1, 0.5)
     merging.merge(base, entries, recipe(Combine.TIES))
-    assert list(compiled._COMPILED.values()) != [None]
-    with torch.profiler.profile(profile_memory=True) as profile:
-        merged = merging.merge(base, entries, recipe(Combine.TIES))
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    assert peak - merged.nbytes < 24 << 20
+    assert compiled._COMPILED
+    assert None not in compiled._COMPILED.values()
+    assert peak_beside_output(base, entries, recipe(Combine.TIES)) < 24 << 20
 
 
 @needs_compiler
 def test_mergekit_yaml(llamas: Path, tmp_path: Path, merged_elements: list[int]) -> None:
-    config: dict[str, Any] = {
-        "merge_method": "dare_ties",
-        "base_model": str(llamas / "base"),
-        "models": [
-            {"model": str(llamas / name), "parameters": {"weight": 0.5, "density": 0.5}}
-            for name in "ab"
-        ],
-        "parameters": {"seed": 1},
-    }
+    config = dare(llamas, seed=1)
     with_compiled = merge_yaml(config, tmp_path / "compiled")
     assert max(merged_elements) > 0
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests import zoo
-from tests.running import Config, merge_multi, merge_pytorch, merge_yaml, write
+from tests.running import Config, dare, merge_multi, merge_pytorch, merge_yaml, write
 from tests.test_configs import merged_in_python
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -39,15 +39,7 @@ def one(folder: Path, name: str, **settings: Any) -> Config:
 
 
 def two(folder: Path, method: str = "dare_ties") -> Config:
-    return {
-        "merge_method": method,
-        "base_model": str(folder / "base"),
-        "models": [
-            {"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.4}}
-            for name in "ab"
-        ],
-        "parameters": {"seed": 3},
-    }
+    return dare(folder, method, density=0.4, seed=3)
 
 
 # A method that follows DARE: whether it takes a base model, and its parameters.

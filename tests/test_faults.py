@@ -23,21 +23,13 @@ from transformers import AutoModelForCausalLM
 
 from mergekit_dare.cli import main
 from tests import zoo
-from tests.running import Config, run_command, write
+from tests.running import Config, dare, run_command, write
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
 def config(folder: Path) -> Config:
-    return {
-        "merge_method": "dare_ties",
-        "base_model": str(folder / "base"),
-        "models": [
-            {"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.5}}
-            for name in "ab"
-        ],
-        "parameters": {"seed": 1},
-    }
+    return dare(folder, seed=1)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from tests.running import Config, merge_yaml, write
+from tests.running import dare, merge_yaml, write
 
 pytestmark = pytest.mark.slow
 
@@ -145,15 +145,7 @@ def test_importing_the_package_imports_neither_torch_nor_mergekit(installed: Env
 
 
 def test_a_real_merge_is_ours(installed: Environment, llamas: Path, tmp_path: Path) -> None:
-    config: Config = {
-        "merge_method": "dare_ties",
-        "base_model": str(llamas / "base"),
-        "models": [
-            {"model": str(llamas / name), "parameters": {"weight": 0.5, "density": 0.5}}
-            for name in "ab"
-        ],
-        "parameters": {"seed": 4},
-    }
+    config = dare(llamas, seed=4)
     expected = merge_yaml(config, tmp_path / "expected")
     path = write(config, tmp_path / "config.yml")
     run = ["-m", "mergekit.scripts.run_yaml", path]

@@ -488,6 +488,18 @@ def test_torchs_generator_and_settings_are_left_alone() -> None:
     assert torch.equal(inside, expected)
 
 
+def peak_beside_output(base: Tensor, entries: list[FineTuned], settings: Recipe) -> int:
+    """The most bytes that a merge has allocated at once, beside its inputs and its output."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        merged = merging.merge(base, entries, settings)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak - merged.nbytes
+
+
 def test_memory_beside_inputs_and_output() -> None:
     """No buffer grows with the tensor or with the number of models."""
     peaks = []
@@ -495,12 +507,5 @@ def test_memory_beside_inputs_and_output() -> None:
         base, tuned = family(1, 1)
         base = torch.zeros(elements, dtype=torch.bfloat16)
         tuned = [torch.full((elements,), 0.01 * k, dtype=torch.bfloat16) for k in range(count)]
-        with torch.profiler.profile(profile_memory=True) as profile:
-            merged = merging.merge(base, models(tuned, 0.1, 0.5), recipe(Combine.TIES))
-        live = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        peaks.append(peak - merged.nbytes)
+        peaks.append(peak_beside_output(base, models(tuned, 0.1, 0.5), recipe(Combine.TIES)))
     assert all(peak < 48 << 20 for peak in peaks), peaks

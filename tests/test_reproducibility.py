@@ -11,21 +11,14 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 
 from tests import zoo
-from tests.running import Config, merge_multi, merge_pytorch, merge_yaml, run_command, write
+from tests.running import Config, dare, merge_multi, merge_pytorch, merge_yaml, run_command, write
 
 BOTH = pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 
 
 def config(folder: Path, method: str, names: str = "abc", **parameters: Any) -> Config:
-    return {
-        "merge_method": method,
-        "base_model": str(folder / "base"),
-        "models": [
-            {"model": str(folder / name), "parameters": {"weight": 0.4, "density": 0.3}}
-            for name in names
-        ],
-        "parameters": {"seed": 11} | parameters,
-    }
+    parameters = {"seed": 11} | parameters
+    return dare(folder, method, names, weight=0.4, density=0.3, **parameters)
 
 
 @BOTH

@@ -70,6 +70,15 @@ def merge(method: MergeMethod, inputs: list[Tensor]) -> Merge:
     return lambda: method((group,), parameters=parameters)
 
 
+def merges(inputs: list[Tensor]) -> dict[str, Merge]:
+    """Name a call for every method, and for ours also with compiled code where there is any."""
+    calls = {name: merge(method, inputs) for name, method in methods().items()}
+    if inputs[0].device.type == "cpu":
+        for method in ("linear", "ties"):
+            calls[f"compiled {method}"] = compiled_merge(calls[f"dare_{method}"])
+    return calls
+
+
 def compiled_merge(merge: Merge) -> Merge:
     """Return the same call with compiled code."""
 

@@ -65,13 +65,10 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
     dtype = candidates.DTYPES[case["dtype"]]
     inputs = candidates.tensors(case["models"], elements, dtype, arguments.device)
     merges = {
-        name: candidates.merge(method, inputs)
-        for name, method in candidates.methods().items()
+        name: merge
+        for name, merge in candidates.merges(inputs).items()
         if not (arguments.no_built_in and name.startswith("built-in"))
     }
-    if arguments.device == "cpu":
-        for method in ("linear", "ties"):
-            merges[f"compiled {method}"] = candidates.compiled_merge(merges[f"dare_{method}"])
     merges["floor"] = candidates.floor(inputs)
     merges["range watch"] = candidates.range_watch(inputs)
     times: dict[str, list[float]] = {name: [] for name in merges}

@@ -33,17 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = candidates.tensors(arguments.models, arguments.elements, dtype, arguments.device)
     small = [tensor[: 1 << 21] for tensor in inputs]
     rows = []
-    merges = {
-        name: (candidates.merge(method, small), candidates.merge(method, inputs))
-        for name, method in candidates.methods().items()
-    }
-    if arguments.device == "cpu":
-        for method in ("linear", "ties"):
-            both = merges[f"dare_{method}"]
-            first, second = (candidates.compiled_merge(merge) for merge in both)
-            merges[f"compiled {method}"] = (first, second)
-    for name, (merge_small, merge) in tqdm(merges.items(), file=sys.stderr):
-        merge_small()  # what is loaded and compiled once is not a part of the merge
+    merges_small = candidates.merges(small)
+    for name, merge in tqdm(candidates.merges(inputs).items(), file=sys.stderr):
+        merges_small[name]()  # what is loaded and compiled once is not a part of the merge
         vars(buffers._PER_THREAD).clear()  # but the buffers that we keep are
         if arguments.device == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be had for nothing

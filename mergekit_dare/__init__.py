@@ -27,6 +27,12 @@ def register() -> bool:
         ImportError: mergekit is not installed.
 
     """
-    from mergekit_dare import registration
+    from mergekit_dare.plugin import registration
 
-    return registration.register()
+    registered = registration.register()
+    if registration.is_active():
+        from mergekit_dare.diagnostics.range_watch import WATCH
+        from mergekit_dare.plugin import methods
+
+        methods.observe(WATCH.look)
+    return registered

@@ -25,7 +25,7 @@ def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
 
     Exit code 0: no errors (warnings and hints may be there); 1: errors; 2: a file is no config.
     """
-    from mergekit_dare.config_check import Severity, UnusableFileError, check_file
+    from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
 
     code = 0
     findings = []
@@ -61,7 +61,7 @@ def inspect(config: str, device: str, as_json: bool, png: str | None, quiet: boo
     Every weight is read once, one tensor at a time; nothing is merged. Exit code 0: done;
     2: the config or a model cannot be used.
     """
-    from mergekit_dare import inspection
+    from mergekit_dare.diagnostics import inspection
 
     try:
         report = inspection.inspect_config(config, device, quiet)
@@ -83,7 +83,7 @@ def doctor(as_json: bool) -> None:
 
     Exit code 0: it is; 1: something is off.
     """
-    from mergekit_dare.doctor import examine
+    from mergekit_dare.diagnostics.doctor import examine
 
     lines = examine()
     if as_json:

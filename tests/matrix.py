@@ -27,7 +27,7 @@ ROWS: dict[str, tuple[str, list[str], list[str]]] = {
         "3.10",
         ["torch==2.4.0", "transformers==5.0.0", "safetensors==0.5.2", "mergekit==0.1.5"],
         # mergekit-moe's own check of what it wrote fails with this transformers.
-        ["tests/test_family.py::test_moe_of_dare_outputs"],
+        ["tests/product/test_family.py::test_moe_of_dare_outputs"],
     ),
     "python3.12": ("3.12", ["-c", str(PROJECT / "examples" / "constraints.txt"), "mergekit"], []),
     "newest": (
@@ -35,8 +35,8 @@ ROWS: dict[str, tuple[str, list[str], list[str]]] = {
         ["mergekit", "torch", "transformers", "safetensors"],
         # mergekit's --lazy-unpickle does not work with Python 3.13.
         [
-            "tests/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
-            "tests/test_family.py::test_pytorch_with_pickled_and_other_files",
+            "tests/product/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
+            "tests/product/test_family.py::test_pytorch_with_pickled_and_other_files",
         ],
     ),
 }
@@ -88,7 +88,7 @@ def _run_row(
     subprocess.run([program, "-c", shown], check=True)
     deselected = [f"--deselect={test}" for test in left_out]
     pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    selections = (["-m", "not slow", *deselected], ["tests/test_compiled.py"])
+    selections = (["-m", "not slow", *deselected], ["tests/kernel/test_compiled.py"])
     return all(
         subprocess.run([*pytest, *selection], cwd=PROJECT, check=False).returncode == 0
         for selection in selections

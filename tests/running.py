@@ -17,6 +17,7 @@ from tests import zoo
 
 Config = dict[str, Any]
 SCRIPTS = Path(sys.executable).parent
+PROJECT = Path(__file__).parent.parent
 
 
 def dare(

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers.utils import logging
 
-from mergekit_dare import inspection
+from mergekit_dare.diagnostics import inspection
 from paper import measure, merges, models, report, tasks
 from paper.report import Measured
 from paper.settings import FULL, TOY, Settings

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 
-from mergekit_dare import compiled
+from mergekit_dare.kernel import compiled
 
 SECTIONS = {
     "kernel": "time of merging one tensor",

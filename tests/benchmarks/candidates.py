@@ -15,10 +15,10 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_dare import compiled
-from mergekit_dare.merging import FineTuned
-from mergekit_dare.methods import dare_linear, dare_ties
-from mergekit_dare.range_watch import RangeWatch
+from mergekit_dare.diagnostics.range_watch import RangeWatch
+from mergekit_dare.kernel import compiled
+from mergekit_dare.kernel.merging import FineTuned
+from mergekit_dare.plugin.methods import dare_linear, dare_ties
 
 Merge = Callable[[], object]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_dare import buffers
+from mergekit_dare.kernel import buffers
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 

@@ -17,7 +17,8 @@ import yaml
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_dare import autoload, compiled
+from mergekit_dare.kernel import compiled
+from mergekit_dare.plugin import autoload
 from tests.benchmarks.candidates import DENSITY, WEIGHT
 from tests.benchmarks.report import paired_ratio, show
 

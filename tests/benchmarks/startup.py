@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mergekit_dare import compiled
+from mergekit_dare.kernel import compiled
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 

@@ -1,0 +1,135 @@
+"""One warning for each model whose deltas turn out too large for DARE while they are merged.
+
+``mergekit-dare inspect`` measures every delta before a merge; this watch looks at a sample of the
+tensors that are merged anyway, so that nobody learns it from a broken model. mergekit does not
+tell a merge method when a merge ends, so the warnings are logged when the process does: what
+stands out is known only then, and the last lines of a long log are the ones that are read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dare.diagnostics.deltas import LARGE, LARGE_SHARE
+from mergekit_dare.kernel.merging import FineTuned
+
+LOG = logging.getLogger("mergekit_dare")
+
+# Elements that are looked at in each tensor: this many blocks, evenly spaced, of this length.
+# Smaller tensors are left out: they are few of a model's deltas, and looking would take a good
+# part of the time of merging them.
+BLOCKS, BLOCK = 64, 128
+SMALLEST = 1 << 19
+# Fine-tuning moves a model by a few percent of its norm.
+TOO_LARGE_NORM = 0.5
+
+
+@dataclass
+class Seen:
+    """What was seen of one model.
+
+    Attributes:
+        elements: Number of deltas in the tensors that were looked at.
+        large: Estimated number of them above ``LARGE``.
+        square_sum: Estimated sum of their squares.
+        base_square_sum: The same of the base's elements.
+        worst_tensor: The one with the largest share of large deltas, or, if none has any, with
+            the largest norm.
+        worst: Those two figures of it.
+
+    """
+
+    elements: int = 0
+    large: float = 0.0
+    square_sum: float = 0.0
+    base_square_sum: float = 0.0
+    worst_tensor: str = ""
+    worst: tuple[float, float] = (0.0, 0.0)
+
+
+class RangeWatch:
+    """Collects what is seen of each model; may be used by several threads."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Seen] = {}
+        self._lock = threading.Lock()
+
+    def look(self, base: Tensor, models: Sequence[FineTuned], tensor_name: str) -> None:
+        """Look at a sample of one tensor's deltas.
+
+        Args:
+            base: theta_0: any shape and floating-point dtype.
+            models: Those with density 1 or weight 0 are passed over: nothing of them is dropped.
+            tensor_name: The output tensor's name.
+
+        """
+        dropped = [model for model in models if model.density < 1 and model.weight != 0]
+        if not dropped or base.numel() < SMALLEST:
+            return
+        with torch.inference_mode():
+            sample = torch.stack([_sample(base), *(_sample(model.tensor) for model in dropped)])
+            theta_0, *_ = sample = sample.float().flatten(1)
+            sample[1:] -= theta_0
+            magnitudes = sample.abs_()
+            norms = torch.linalg.vector_norm(magnitudes, dim=1)
+            large = magnitudes.gt_(LARGE).sum(1)  # in place: a bool tensor takes five times as long
+            (_, *large_counts), (base_norm, *delta_norms) = torch.stack([large, norms]).tolist()
+        size = BLOCKS * BLOCK
+        scale = base.numel() / size
+        with self._lock:
+            for model, count, norm in zip(dropped, large_counts, delta_norms, strict=True):
+                seen = self._seen.setdefault(model.name, Seen())
+                seen.elements += base.numel()
+                seen.large += count * scale
+                seen.square_sum += norm**2 * scale
+                seen.base_square_sum += base_norm**2 * scale
+                found = (count / size, norm)
+                if found > seen.worst:
+                    seen.worst_tensor, seen.worst = tensor_name, found
+
+    def warnings(self) -> list[str]:
+        """Return one sentence for each model that left the range, and forget all."""
+        with self._lock:
+            sentences = [
+                f"model {name}: {problem}, most of all in tensor {seen.worst_tensor}; "
+                "look at it with: mergekit-dare inspect CONFIG"
+                for name, seen in self._seen.items()
+                if (problem := _problem(seen)) is not None
+            ]
+            self._seen.clear()
+        return sentences
+
+    def report(self) -> None:
+        """Log the warnings."""
+        for sentence in self.warnings():
+            LOG.warning("%s", sentence)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Return evenly spaced blocks of a tensor in row order, shape (BLOCKS, BLOCK)."""
+    vector = tensor.detach().reshape(-1).contiguous()
+    stride = vector.numel() // BLOCKS
+    return vector.as_strided((BLOCKS, BLOCK), (stride, 1))
+
+
+def _problem(seen: Seen) -> str | None:
+    if seen.square_sum > TOO_LARGE_NORM**2 * seen.base_square_sum:
+        norm = math.sqrt(seen.square_sum / seen.base_square_sum) if seen.base_square_sum else 1.0
+        what = f"the norm of its deltas is {norm:.0%} of the base's"
+    elif (share := seen.large / seen.elements) > LARGE_SHARE:
+        what = f"about {share:.1%} of its deltas are above {LARGE}"
+    else:
+        return None
+    return f"{what}, too large for DARE, or it has another base (arXiv 2311.03099, section 4.5)"
+
+
+WATCH = RangeWatch()
+atexit.register(WATCH.report)

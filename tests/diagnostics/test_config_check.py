@@ -1,0 +1,462 @@
+"""Every kind of finding: a config that triggers it, and the twin that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_dare.cli import main
+from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
+from tests.running import PROJECT
+
+ERROR, WARNING, HINT = Severity.ERROR, Severity.WARNING, Severity.HINT
+
+CLEAN = """\
+merge_method: dare_ties
+base_model: ./base
+models:
+  - model: ./math
+    parameters:
+      weight: 0.5
+      density: 0.3
+  - model: ./code
+    parameters:
+      weight: [0.2, 0.8]
+      density:
+        - filter: mlp
+          value: 0.3
+        - value: 0.5
+parameters:
+  normalize: false
+  rescale: true
+  lambda: 1.0
+  int8_mask: true
+  seed: 42
+dtype: bfloat16
+"""
+
+# What is replaced in CLEAN, by what, the severity, the line that is named, and the message.
+CASES: dict[str, tuple[str, str, Severity, str, str]] = {
+    "misspelt parameter": (
+        "density: 0.3\n  - model",
+        "densty: 0.3\n  - model",
+        ERROR,
+        "densty: 0.3",
+        "dare_ties has no parameter densty; did you mean density?",
+    ),
+    "parameter of another method": (
+        "rescale: true",
+        "epsilon: 0.1",
+        ERROR,
+        "epsilon: 0.1",
+        "dare_ties has no parameter epsilon",
+    ),
+    "parameter at the top level": (
+        "dtype: bfloat16",
+        "int8_mask: true",
+        ERROR,
+        "int8_mask: true",
+        "int8_mask has no effect at the top level; put it under parameters:",
+    ),
+    "weight outside parameters": (
+        "    parameters:\n      weight: 0.5",
+        "    weight: 0.5\n    parameters:\n      weight: 0.5",
+        ERROR,
+        "weight: 0.5",
+        "weight has no effect at a model's level; put it under parameters:",
+    ),
+    "shared parameter of one model": (
+        "      weight: 0.5",
+        "      weight: 0.5\n      normalize: true",
+        ERROR,
+        "normalize: true",
+        "normalize has no effect for one model; put it under the top parameters:",
+    ),
+    "missing weight": (
+        "      weight: 0.5\n",
+        "",
+        ERROR,
+        "- model: ./math",
+        "weight is missing for this model",
+    ),
+    "missing base model": (
+        "base_model: ./base\n",
+        "",
+        ERROR,
+        "- model: ./math",
+        "dare_ties needs base_model: the model that all were fine-tuned from",
+    ),
+    "base model that is null": (
+        "base_model: ./base",
+        "base_model: null",
+        ERROR,
+        "- model: ./math",
+        "dare_ties needs base_model: the model that all were fine-tuned from",
+    ),
+    "no fine-tuned model": (
+        CLEAN[CLEAN.index("  - model: ./math") : CLEAN.index("parameters:\n  normalize")],
+        "  - model: ./base\n",
+        ERROR,
+        "- model: ./base",
+        "there is no fine-tuned model, so the result is the base model",
+    ),
+    "density above 1": (
+        "density: 0.3\n  -",
+        "density: 1.3\n  -",
+        ERROR,
+        "density: 1.3",
+        "density is 1.3, but must be from 0 to 1",
+    ),
+    "density in percent": (
+        "value: 0.5",
+        "value: 50",
+        ERROR,
+        "- value: 50",
+        "did you mean 0.5?",
+    ),
+    "negative density in a gradient": (
+        "density: 0.3\n  -",
+        "density: [0.3, -0.1]\n  -",
+        ERROR,
+        "density: [0.3, -0.1]",
+        "density is -0.1, but must be from 0 to 1",
+    ),
+    "weight that is no number": (
+        "[0.2, 0.8]",
+        "[0.2, heavy]",
+        ERROR,
+        "weight: [0.2, heavy]",
+        "weight is 'heavy', but must be a number",
+    ),
+    "infinite weight": (
+        "weight: 0.5",
+        "weight: .inf",
+        ERROR,
+        "weight: .inf",
+        "weight is inf, but must be a finite number",
+    ),
+    "seed that is no integer": (
+        "seed: 42",
+        "seed: 4.2",
+        ERROR,
+        "seed: 4.2",
+        "seed is 4.2, but must be an integer",
+    ),
+    "filter entry without a value": (
+        "          value: 0.3\n",
+        "",
+        ERROR,
+        "- filter: mlp",
+        "density: a list of filters has entries with value:",
+    ),
+    "misspelt filter": (
+        "- filter: mlp",
+        "- filtr: mlp",
+        ERROR,
+        "- filtr: mlp",
+        "mergekit knows no filtr at a filter's entry; did you mean filter?",
+    ),
+    "entry after the one without a filter": (
+        "        - value: 0.5",
+        "        - value: 0.5\n        - filter: attn\n          value: 0.1",
+        WARNING,
+        "- filter: attn",
+        "density: this is never reached: the entry before it has no filter",
+    ),
+    "weight for some tensors only": (
+        "weight: 0.5",
+        "weight: [{filter: mlp, value: 0.5}]",
+        WARNING,
+        "weight: [{filter: mlp, value: 0.5}]",
+        "weight: tensors that match no filter have none; add a value alone",
+    ),
+    "base listed with parameters": (
+        "models:\n",
+        "models:\n  - model: ./base\n    parameters:\n      weight: 0.3\n",
+        WARNING,
+        "weight: 0.3",
+        "weight has no effect on the base model, whose delta is zero; remove it",
+    ),
+    "model listed twice": (
+        "- model: ./code",
+        "- model: ./math",
+        ERROR,
+        "- model: ./math",
+        "./math is listed twice; mergekit refuses that",
+    ),
+    "model without a name": (
+        "- model: ./code",
+        "- modle: ./code",
+        ERROR,
+        "- modle: ./code",
+        "model is missing: the model's path or name",
+    ),
+    "weights that cancel": (
+        "[0.2, 0.8]",
+        "-0.5",
+        WARNING,
+        "- model: ./math",
+        "the weights cancel, so normalize divides by 1 in place of their sum; set normalize: false",
+    ),
+    "negative weight": (
+        "[0.2, 0.8]",
+        "-0.2",
+        WARNING,
+        "- model: ./math",
+        "negative weights make normalize divide by less than is added up; set normalize: false",
+    ),
+    "unknown top-level key": (
+        "dtype: bfloat16",
+        "author: someone",
+        WARNING,
+        "author: someone",
+        "mergekit knows no author at the top level",
+    ),
+    "misspelt top-level key": (
+        "dtype: bfloat16",
+        "dtpye: bfloat16",
+        ERROR,
+        "dtpye: bfloat16",
+        "mergekit knows no dtpye at the top level; did you mean dtype?",
+    ),
+    "key that stands twice": (
+        "dtype: bfloat16",
+        "dtype: bfloat16\ndtype: float16",
+        ERROR,
+        "dtype: float16",
+        "dtype stands here twice; only the last one counts",
+    ),
+    "parameter that stands twice": (
+        "weight: 0.5",
+        "weight: 0.5\n      weight: 0.7",
+        ERROR,
+        "weight: 0.7",
+        "weight stands here twice; only the last one counts",
+    ),
+    "parameters that are a list": (
+        "    parameters:\n      weight: 0.5\n      density: 0.3\n",
+        "    parameters: [0.5]\n",
+        ERROR,
+        "parameters: [0.5]",
+        "parameters is a mapping of parameter names to values",
+    ),
+    "misspelt method": (
+        "merge_method: dare_ties",
+        "merge_method: dare_tie",
+        ERROR,
+        "merge_method: dare_tie",
+        "mergekit knows no merge method dare_tie; did you mean dare_ties?",
+    ),
+    "no method": (
+        "merge_method: dare_ties\n",
+        "",
+        ERROR,
+        "base_model: ./base",
+        "merge_method is missing",
+    ),
+    "no models": (
+        CLEAN[CLEAN.index("models:") : CLEAN.index("parameters:\n  normalize")],
+        "",
+        ERROR,
+        "merge_method: dare_ties",
+        "needs one of models, slices, modules; has none",
+    ),
+    "no density": (
+        CLEAN[CLEAN.index("      density:\n") : CLEAN.index("parameters:\n  normalize")],
+        "",
+        WARNING,
+        "merge_method: dare_ties",
+        "no model has a density, so nothing is dropped; try density: 0.5",
+    ),
+    "no seed": (
+        "  seed: 42\n",
+        "",
+        HINT,
+        "merge_method: dare_ties",
+        "no seed is given; with one, the config is the whole recipe: seed: 42",
+    ),
+}
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.yml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_twin_is_clean(tmp_path: Path) -> None:
+    assert check_file(write(tmp_path, CLEAN)) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finding(name: str, tmp_path: Path) -> None:
+    before, after, severity, line, message = CASES[name]
+    assert CLEAN.count(before) == 1
+    text = CLEAN.replace(before, after)
+    if name == "no density":
+        text = text.replace("      density: 0.3\n", "")
+    if severity is WARNING and "normalize" in message:
+        assert check_file(write(tmp_path, text)) == []  # without normalize, all is well
+        text = text.replace("normalize: false", "normalize: true")
+    findings = check_file(write(tmp_path, text))
+    found = [finding for finding in findings if message in finding.message]
+    assert len(found) == 1, findings
+    assert found[0].severity is severity
+    assert found[0].text == line
+    assert text.splitlines()[found[0].line - 1].strip() == line
+
+
+SLICES = """\
+merge_method: dare_linear
+slices:
+  - base_model: ./base
+    sources:
+      - model: ./base
+        layer_range: [0, 2]
+      - model: ./math
+        layer_range: [0, 2]
+    parameters:
+      weight: 0.5
+      density: 0.5
+      seed: 1
+  - sources:
+      - model: ./base
+        layer_range: [0, 2]
+      - model: ./math
+        layer_range: [0, 2]
+        parameters: {weight: 1.0, density: 2}
+base_model: ./base
+"""
+
+MODULES = """\
+merge_method: dare_linear
+base_model: ./base
+modules:
+  text_decoder:
+    models:
+      - model: ./math
+        parameters: &settings
+          weight: 0.5
+          density: 0.5
+    parameters: {seed: 1, lamda: 2}
+  vision_tower:
+    models:
+      - model: ./math
+        parameters:
+          <<: *settings
+          density: 0.1
+"""
+
+
+def test_slices(tmp_path: Path) -> None:
+    (finding,) = check_file(write(tmp_path, SLICES))
+    assert finding.line == 18
+    assert (
+        finding.message == "density is 2, but must be from 0 to 1: it is the fraction of the "
+        "deltas to keep; did you mean 0.02?"
+    )
+    assert check_file(write(tmp_path, SLICES.replace("density: 2", "density: 0.2"))) == []
+    misplaced = SLICES.replace("density: 2", "density: 0.2").replace(
+        "  - sources:\n", "  - density: 0.3\n    sources:\n"
+    )
+    (finding,) = check_file(write(tmp_path, misplaced))
+    assert finding.message == "density has no effect at a slice's level; put it under parameters:"
+    without_base = SLICES.replace("base_model: ./base\n", "\n").replace("  - \n", "  -\n")
+    findings = check_file(write(tmp_path, without_base))
+    assert sum("needs base_model" in finding.message for finding in findings) == 2
+
+
+def test_modules_and_anchors(tmp_path: Path) -> None:
+    (finding,) = check_file(write(tmp_path, MODULES))
+    assert finding.message == "dare_linear has no parameter lamda; did you mean lambda?"
+    clean = MODULES.replace("lamda", "lambda")
+    assert check_file(write(tmp_path, clean)) == []
+    misspelt = clean.replace("    parameters: {", "    paramters: {")
+    finding, hint = check_file(write(tmp_path, misspelt))[::-1]
+    assert "no seed is given" in hint.message
+    assert finding.text.startswith("paramters:")
+    assert "at a module's level; did you mean parameters?" in finding.message
+
+
+def test_several_documents(tmp_path: Path) -> None:
+    first, second = (CLEAN + f"name: {name}\n" for name in ("first", "second"))
+    last = "merge_method: linear\nmodels:\n- model: first\n  parameters: {weight: 0.5}\n"
+    last += "- model: second\n  parameters: {weight: 0.5}\n"
+    assert check_file(write(tmp_path, "---\n".join([first, second, last]))) == []
+    findings = check_file(write(tmp_path, "---\n".join([first, first, last, last])))
+    assert [finding.message for finding in findings] == [
+        "the name first is used twice; only one may go without",
+        "two merges have no name; only one may go without",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: slerp\nbase_model: a\nmodels:\n- model: a\n- model: b\n", "t is missing"),
+        (
+            (
+                "merge_method: ties\nbase_model: a\nmodels:\n"
+                "- {model: b, parameters: {weight: 1, density: 7}}\n"
+            ),
+            "density is 7, but must be from 0 to 1",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- {model: b, parameters: {weight: much}}\n",
+            "weight is 'much', which is no number",
+        ),
+        (
+            (
+                "merge_method: della\nbase_model: a\nmodels:\n"
+                "- {model: b, parameters: {weight: 1, epsilom: 0.1}}\n"
+            ),
+            "della has no parameter epsilom; did you mean epsilon?",
+        ),
+    ],
+)
+def test_other_methods(text: str, message: str, tmp_path: Path) -> None:
+    findings = check_file(write(tmp_path, text))
+    assert [finding for finding in findings if message in finding.message], findings
+
+
+@pytest.mark.parametrize("text", ["", "- a list\n", "a: [1\n", "just words\n", "\0"])
+def test_unusable(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UnusableFileError) as caught:
+        check_file(path)
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+    result = CliRunner().invoke(main, ["check", path])
+    assert result.exit_code == 2
+    missing = CliRunner().invoke(main, ["check", str(tmp_path / "missing.yml")])
+    assert missing.exit_code == 2
+
+
+def test_command(tmp_path: Path) -> None:
+    path = write(tmp_path, CLEAN)
+    result = CliRunner().invoke(main, ["check", path])
+    assert (result.exit_code, result.output) == (0, "Nothing to find.\n")
+
+    hinted = write(tmp_path, CLEAN.replace("  seed: 42\n", ""))
+    result = CliRunner().invoke(main, ["check", hinted])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"{path}:1: hint: merge_method: dare_ties: no seed is given")
+
+    bad = write(tmp_path, CLEAN.replace("density: 0.3\n  -", "density: 30\n  -"))
+    result = CliRunner().invoke(main, ["check", bad, "--json"])
+    assert result.exit_code == 1
+    (finding,) = json.loads(result.output)
+    assert finding["severity"] == "error"
+    assert finding["line"] == 7
+    assert finding["text"] == "density: 30"
+
+
+def test_our_examples_are_clean() -> None:
+    folders = (PROJECT / "examples", PROJECT / "examples" / "recipes")
+    examples = [str(path) for folder in folders for path in folder.glob("*.yml")]
+    assert examples
+    result = CliRunner().invoke(main, ["check", *examples])
+    assert (result.exit_code, result.output) == (0, "Nothing to find.\n")

@@ -1,0 +1,100 @@
+"""The example configs on models of the example's architecture, and the README's claims."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import zoo
+from tests.running import PROJECT, merge_yaml, run_command
+
+EXAMPLES = sorted((PROJECT / "examples").glob("*.yml"))
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(PROJECT / "examples")
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_models_are_made_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script itself, with a few training steps in place of hundreds."""
+    script = load_script("make_models", monkeypatch)
+    show = load_script("show_merge", monkeypatch)
+    monkeypatch.setattr(script, "FOLDER", tmp_path / "examples" / "models")
+    monkeypatch.setattr(script, "BASE_STEPS", 3)
+    monkeypatch.setattr(script, "TUNED_STEPS", 2)
+    monkeypatch.setattr(sys, "argv", ["make_models.py"])
+    script.main()
+    names = ["base", "docs", "code", "arithmetic"]
+    folders = {name: tmp_path / "examples" / "models" / name for name in names}
+    base = zoo.load(folders["base"])
+    for name, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        assert type(model).__name__ == "LlamaForCausalLM"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = "def f(x):\n    return x + 12\n"
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        if name != "base":
+            assert zoo.moved(zoo.load(folder), base) > 0.2
+    assert not list(folders["base"].parent.glob("*.unfinished"))
+    script.main()
+    assert "there already" in capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    for example in EXAMPLES:
+        config = yaml.safe_load(example.read_text())
+        merge_yaml(config, tmp_path / example.stem)
+        show.main(tmp_path / example.stem / "out")
+        last = capsys.readouterr().out.splitlines()[-1]
+        combine = "TIES" if config["merge_method"] == "dare_ties" else "linear"
+        assert re.search(rf"was merged by DARE-{combine} \(mergekit-dare .* LlamaForCaus", last)
+
+
+def test_examples_are_there() -> None:
+    assert [path.name for path in EXAMPLES] == ["dare.yml", "dare_linear.yml"]
+
+
+def test_readme_shows_the_start_up_line() -> None:
+    line = (PROJECT / "mergekit_dare" / "plugin" / "startup" / "mergekit_dare.pth").read_text()
+    assert line.count("\n") == 1
+    assert line in README
+
+
+def test_configs_in_the_readme_are_valid() -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge_methods import get
+
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for document in yaml.safe_load_all(block):
+            document.pop("name", None)
+            config = MergeConfiguration.model_validate(document)
+            known = {p.name for p in get(config.merge_method).spec.parameters}
+            for model in config.models or []:
+                assert set(model.parameters or {}) <= known
+            assert set(config.parameters or {}) <= known
+
+
+@pytest.mark.slow
+def test_command_to_see_that_it_is_active() -> None:
+    (command,) = re.findall(r'^python -c "(.*get\(.*)"$', README, re.MULTILINE)
+    result = run_command(sys.executable, "-c", command)
+    assert result.stdout in README

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ def splitmix64(state: int, count: int) -> list[int]:
     return outputs
 
 
-def mask_key(seed: int, name: str, tensor: Tensor) -> int:
+def mask_key(seed: int, tensor: Tensor) -> int:
     """The key of a tensor's mask from its bytes."""
     whole = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
     data = bytes(whole.view(torch.uint8).tolist())
-    header = repr((seed, name, str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0"
+    header = repr((seed, str(tensor.dtype), tuple(tensor.shape))).encode() + b"\0"
     border = len(data) // 32768 * 32768
     sums = b""
     for start in range(0, border, 32768):
@@ -55,6 +56,46 @@ def keep_mask(key: int, density: float, count: int) -> list[bool]:
             unsigned = (word >> (16 * lane)) & 0xFFFF
             lanes.append(unsigned - 65536 if unsigned >= 32768 else unsigned)
     return [lane < threshold - 32768 for lane in lanes[:count]]
+
+
+def lanes_of(key: int, count: int) -> list[int]:
+    """The first ``count`` 16-bit lanes of a key's stream, from 0 to 65535.
+
+    A lane is a signed number, so 2**15 is added: that flips the top bit of its 16.
+    """
+    words = splitmix64(key, -(-count // 4))
+    lanes = [(word >> (16 * lane)) & 0xFFFF for word in words for lane in range(4)]
+    return [lane ^ 0x8000 for lane in lanes[:count]]
+
+
+def thresholds_by_magnitude(delta: Tensor, wide: torch.dtype, scale: float | None) -> Tensor:
+    """T = min(65536, ceil(c |delta|)), at least 1, from a product that is rounded to ``wide``."""
+    if scale is None:
+        return torch.full_like(delta, 65536)
+    factor = torch.tensor(scale, dtype=torch.float64).to(wide)
+    product = (delta.abs().to(wide) * factor).double()
+    return torch.ceil(product).clamp(1, 65536)
+
+
+def round_stochastically(
+    value: Fraction, lane: int, dtype: torch.dtype, *, as_carry: bool
+) -> Fraction:
+    """The neighbour of ``value`` that the lane chooses, in exact arithmetic.
+
+    ``as_carry``: away from 0, where the lane added to the lost bits carries.
+    """
+    info = torch.finfo(dtype)
+    largest = Fraction(info.max)
+    value = max(-largest, min(largest, value))
+    unit = Fraction(info.smallest_normal) * Fraction(info.eps)
+    while abs(value) >= unit * (2 / Fraction(info.eps)):
+        unit *= 2
+    if as_carry:
+        size = abs(value) / unit
+        steps = math.floor(size) + ((size - math.floor(size)) * 65536 + lane >= 65536)
+        return (steps if value > 0 else -steps) * unit
+    below = math.floor(value / unit)
+    return (below + (lane < round((value / unit - below) * 65536))) * unit
 
 
 @dataclass
@@ -85,18 +126,32 @@ def merge(
     rescale: bool,
     lambda_: float,
     seed: int,
-    name: str,
+    scales: Sequence[float | None] | None = None,
 ) -> Merged:
+    """Merge; with ``scales``, c_k in units of 1 / 65536, by magnitude (``None`` keeps all)."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     unit = torch.finfo(wide).eps
     theta_0 = base.double()
     hats = []
-    for theta, weight, density in zip(models, weights, densities, strict=True):
+    used = [k for k, weight in enumerate(weights) if weight and densities[k]]
+    of_t = wide
+    if scales is not None and any(
+        models[k].dtype == torch.float64 or (scales[k] or 0) > 2.0**100 for k in used
+    ):
+        of_t = torch.float64
+    for k, (theta, weight, density) in enumerate(zip(models, weights, densities, strict=True)):
         delta = torch.where(theta == base, 0.0, theta.double() - theta_0)
+        if scales is not None:
+            t = thresholds_by_magnitude(delta, of_t, scales[k])
+            lanes = lanes_of(mask_key(seed, theta), delta.numel())
+            drawn = torch.tensor(lanes).reshape(delta.shape) < t
+            factors = weight * 65536 / t if rescale else torch.full_like(t, weight)
+            hats.append(torch.where(drawn & (density > 0), delta * factors, 0.0))
+            continue
         if density == 1:
             mask = torch.ones(delta.shape, dtype=torch.bool)
         else:
-            kept = keep_mask(mask_key(seed, name, theta), density, delta.numel())
+            kept = keep_mask(mask_key(seed, theta), density, delta.numel())
             mask = torch.tensor(kept, dtype=torch.bool).reshape(delta.shape)
         met = max(1, round(density * 65536)) / 65536
         factor = weight / met if rescale and density > 0 else weight

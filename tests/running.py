@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ PROJECT = Path(__file__).parent.parent
 def dare(
     folder: Path,
     method: str = "dare_ties",
-    names: str = "ab",
+    names: Iterable[str] = "ab",
     *,
     weight: float = 0.5,
     density: float = 0.5,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import formula
-from mergekit_dare.kernel.buffers import Buffers, chunks
+from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
 from mergekit_dare.kernel.formula import Numbers, Steps
 from mergekit_dare.kernel.masks import state_before
 
@@ -46,56 +46,60 @@ def is_torch_too_old() -> bool:
     return tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH
 
 
-def merge_chunks(
+def merge_function(
     out: Tensor,
-    theta_0: Tensor,
-    thetas: Sequence[Tensor],
-    keys: Sequence[int],
-    numbers: Numbers,
+    vectors: Sequence[Tensor],
     steps: Steps,
-) -> tuple[int, Tensor | None]:
-    """Merge as many elements as are to be merged by compiled code, from the first one on.
+    uncompiled: Callable[[Sequence[Tensor], Numbers], Tensor],
+) -> Callable[[Sequence[Tensor], Numbers], Tensor | None] | None:
+    """Return what merges a chunk of :data:`CHUNK` elements by compiled code, if that can be.
 
-    The arguments are those of :func:`mergekit_dare.kernel.formula.merge_chunks`.
+    Args:
+        out: The merged vector.
+        vectors: theta_0, and each theta_k.
+        steps: What is done.
+        uncompiled: What merges a chunk without compiled code; the first chunk of each case is
+            merged by it, too, and compared.
 
     Returns:
-        How many elements were merged, and the largest chunk's sum of squares, if there was one.
+        A function that is called as ``uncompiled`` is, and returns ``None`` where it cannot
+        merge; ``None`` if compiled code is not asked for, or does not suit the case.
 
     """
-    whole = out.numel() // CHUNK * CHUNK
     # On accelerators, torch's compiler fuses roundings that must stay apart.
-    suits = out.device.type == "cpu" and len(thetas) <= MOST_MODELS and not steps.equal_infinities
-    if whole == 0 or not suits or not is_switched_on():
-        return 0, None
-    case = (steps, out.dtype, *(theta.dtype for theta in thetas), torch.get_num_threads())
+    suits = out.device.type == "cpu" and len(vectors) <= MOST_MODELS + 1
+    if out.numel() < CHUNK or not suits or steps.equal_infinities or not is_switched_on():
+        return None
+    case = (steps, out.dtype, *(v.dtype for v in vectors), torch.get_num_threads())
     if is_torch_too_old():
         _give_up(case, f"it needs torch {'.'.join(map(str, OLDEST_TORCH))} or later")
-        return 0, None
-    tensors = _tensors(numbers)
-    # One for all: small tensors that live on between large ones keep freed memory from use.
-    largest = torch.zeros((), dtype=steps.dtype)
-    vectors = [vector[:whole] for vector in (out, theta_0, *thetas)]
-    for start, (out_chunk, base_chunk, *theta_chunks) in chunks(CHUNK, *vectors):
-        states = torch.tensor([state_before(key, start) for key in keys], dtype=torch.int64)
-        tensors = tensors._replace(states=states)
-        square_sum = _try(case, out_chunk, base_chunk, theta_chunks, tensors, steps)
-        if square_sum is None:
-            return start, largest
-        torch.maximum(largest, square_sum, out=largest)
-        if start == 0 and case not in _CHECKED and square_sum.isfinite():
-            _CHECKED.add(case)
-            expected = torch.empty_like(out_chunk)
-            formula.merge_chunks(expected, base_chunk, theta_chunks, keys, numbers, steps)
-            if not torch.equal(expected.view(torch.int8), out_chunk.view(torch.int8)):
-                _give_up(case, "it gives other results here, which is an error of the compiler")
-                return start, largest
-    return whole, largest
+        return None
+
+    def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
+        out_chunk, theta_0, *thetas = chunk
+        square_sum = _try(case, out_chunk, theta_0, thetas, _tensors(numbers), steps)
+        if square_sum is None or case in _CHECKED or not square_sum.isfinite():
+            return square_sum
+        _CHECKED.add(case)
+        expected = torch.empty_like(out_chunk)
+        size = chunk_size(out.device)
+        for first, part in chunks(size, expected, theta_0, *thetas):
+            shifted = [state_before(state, first) for state in numbers.states]
+            uncompiled(part, numbers._replace(states=shifted))
+        if not torch.equal(expected.view(torch.int8), out_chunk.view(torch.int8)):
+            _give_up(case, "it gives other results here, which is an error of the compiler")
+            return None
+        return square_sum
+
+    return merge_one
 
 
 def _tensors(numbers: Numbers) -> Numbers:
     """Return the numbers as tensors: Python numbers would be compiled in."""
-    return numbers._replace(
+    return Numbers(
+        states=torch.tensor(numbers.states, dtype=torch.int64),
         thresholds=torch.tensor(numbers.thresholds, dtype=torch.int64),
+        scales=torch.tensor(numbers.scales, dtype=torch.float64),
         factors=torch.tensor(numbers.factors, dtype=torch.float64),
         weights=torch.tensor(numbers.weights, dtype=torch.float64),
         lambda_=torch.tensor(numbers.lambda_, dtype=torch.float64),

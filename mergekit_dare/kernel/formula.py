@@ -5,24 +5,28 @@ for base model theta_0 and fine-tuned models theta_k with weight w_k and density
 element by element::
 
     delta_k = theta_k - theta_0                      in float32 (float64 for float64 inputs)
-    m_k     ~ Bernoulli(d_k)                         mergekit_dare.kernel.masks
-    hat_k   = m_k * delta_k / d_k                    without "/ d_k" if rescale is false
+    m_k     ~ Bernoulli(pi_k)                        mergekit_dare.kernel.masks
+    hat_k   = m_k * delta_k / pi_k                   without "/ pi_k" if rescale is false
     linear:   D = sum_k w_k hat_k                    normalize: / sum_k w_k
     ties:     s = sign(sum_k w_k hat_k), 0 counts as +
               D = sum of the w_k hat_k whose sign is s    normalize: / the sum of those w_k
     out     = theta_0 + lambda * D                   rounded once, to the dtype of theta_0
 
+Uniform sampling, the paper's, has pi_k = d_k; sampling by magnitude has pi_k = T_k / 65536 with
+T_k = min(65536, ceil(c_k |delta_k|)) (mergekit_dare.kernel.sampling).
+
 A divisor of 0, or for linear under 1e-8, counts as 1, as in mergekit. An element that is
 equal in both models has delta 0 even where it is infinite.
 
-For TIES, with s the sign of the sum, the terms of sign s add up to (sum + s * sum of magnitudes)
-/ 2, and likewise their weights, so no term needs to be kept until s is known. Both summands have
-the sign s, so nothing cancels.
+For TIES, the terms of sign s add up to sum + s * (sum of magnitudes - |sum|) / 2: what is in
+brackets is twice what the others add up to. Likewise for their weights, where the terms' signs,
+which are taken before anything is scaled, stand for the terms. So no term needs to be kept until s
+is known.
 
-Every operation rounds once, and a product that is added to something has a factor of 0, 1 or -1
-(but for lambda), so it is exact, and a fused multiply-add gives the same bits. So the result is the
-same to the bit for every chunk size, number of threads and device, and whether torch runs these
-operations one by one or compiles them (:mod:`mergekit_dare.kernel.compiled`).
+Every operation rounds once, and a product that is added to something has a factor of 0, 1, -1 or a
+half (but for lambda), so it is exact, and a fused multiply-add gives the same bits. So the result
+is the same to the bit for every chunk size, number of threads and device, and whether torch runs
+these operations one by one or compiles them (:mod:`mergekit_dare.kernel.compiled`).
 """
 
 from __future__ import annotations
@@ -30,13 +34,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel.buffers import Buffers, chunks
-from mergekit_dare.kernel.masks import keep_mask, state_before
+from mergekit_dare.kernel.buffers import Buffers
+from mergekit_dare.kernel.masks import LANE_VALUES, keep_mask, uniform_lanes
+from mergekit_dare.kernel.rounding import round_stochastically
 
 
 class Combine(Enum):
@@ -53,8 +58,11 @@ class Steps:
     Attributes:
         combine: DARE-linear or DARE-TIES.
         dtype: The dtype of all arithmetic.
+        by_magnitude: Keep deltas in proportion to their size, not all with one probability.
+        rescale: Divide by the probability. With uniform sampling, that is in the factors.
         normalize: TIES only: divide by the weights of the elected terms.
         scale: TIES only: multiply by lambda. For linear, both are in the factors.
+        stochastic: Round stochastically to the dtype of theta_0, which is narrower.
         equal_infinities: Make the delta of elements that are equal zero also where they are
             infinite; that takes time and is rarely needed.
 
@@ -62,21 +70,26 @@ class Steps:
 
     combine: Combine
     dtype: torch.dtype
+    by_magnitude: bool = False
+    rescale: bool = True
     normalize: bool = False
     scale: bool = False
+    stochastic: bool = False
     equal_infinities: bool = False
 
 
 class Numbers(NamedTuple):
     """The numbers in the formula; of the lists, one for each model.
 
-    For TIES, factors and weights are halved: that is its "/ 2".
-
     Attributes:
-        states: SplitMix64's state before the chunk's first word, signed 64 bits.
-        thresholds: d_k in units of 1 / 65536, from 1 to 65536.
-        factors: w_k / d_k, or w_k if rescale is false; for linear also times lambda and
-            divided by the sum of weights, which are the same for all elements there.
+        states: SplitMix64's state before the chunk's first word, signed 64 bits; after those of
+            the models that of the rounding.
+        thresholds: The least T: d_k in units of 1 / 65536, from 1 to 65536; by magnitude 1, or
+            65536 for a model that keeps all.
+        scales: c_k in units of 1 / 65536; by magnitude only.
+        factors: w_k; with uniform sampling w_k / d_k, unless rescale is false; for linear also
+            times lambda and divided by the sum of weights, which are the same for all elements
+            there.
         weights: w_k.
         lambda_: Factor of the merged delta.
 
@@ -84,6 +97,7 @@ class Numbers(NamedTuple):
 
     states: Sequence[int] | Tensor
     thresholds: Sequence[int] | Tensor
+    scales: Sequence[float] | Tensor
     factors: Sequence[float] | Tensor
     weights: Sequence[float] | Tensor
     lambda_: float | Tensor
@@ -114,61 +128,61 @@ def merge_chunk(
     """
     base = theta_0 if theta_0.dtype == b.dtype else b.base.copy_(theta_0)
     for k, theta in enumerate(thetas):
-        delta = _delta(theta, base, out=b.delta)
-        if steps.equal_infinities:
-            delta.masked_fill_(theta == theta_0, 0)
-        m = keep_mask(numbers.states[k], numbers.thresholds[k], b.mask, b.mask_buffers)
-        x = delta.mul_(numbers.factors[k])
-        if steps.combine is Combine.LINEAR:
-            _accumulate(b.sum, m, x, first=k == 0)
-        else:
-            if steps.normalize:
-                _accumulate_weights(b, m, x, numbers.weights[k], first=k == 0)
-            _accumulate_with_magnitudes(b, m, x, first=k == 0)
+        m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b)
+        accumulate(k, m, delta, numbers, steps, b)
     merged = b.sum if steps.combine is Combine.LINEAR else _elected(b, steps, numbers.lambda_)
     if torch.compiler.is_compiling() or _has_negative_zeros(theta_0):
         merged.masked_fill_(merged == 0, -0.0)  # x + -0.0 is x, but -0.0 + 0.0 is 0.0
     result = torch.add(base, merged, out=out if out.dtype == b.dtype else b.delta)
-    if result is not out:
+    square_sum = torch.dot(result, result)
+    if steps.stochastic:
+        lanes = uniform_lanes(numbers.states[len(thetas)], b.mask, b.mask_buffers)
+        round_stochastically(result, lanes, out, infinities=steps.equal_infinities)
+    elif result is not out:
         out.copy_(result)
-    return torch.dot(result, result)
+    return square_sum
 
 
-def merge_chunks(
-    out: Tensor,
+def sparsify(
+    k: int,
+    theta: Tensor,
     theta_0: Tensor,
-    thetas: Sequence[Tensor],
-    keys: Sequence[int],
+    base: Tensor,
     numbers: Numbers,
     steps: Steps,
-    *,
-    start: int = 0,
-) -> Tensor | None:
-    """Merge vectors of any size, chunk by chunk.
+    b: Buffers,
+) -> tuple[Tensor, Tensor]:
+    """Return m_k in ``b.mask``, and in ``b.delta`` delta_k, by magnitude also divided by pi_k."""
+    delta = _delta(theta, base, out=b.delta)
+    if steps.equal_infinities:
+        delta.masked_fill_(theta == theta_0, 0)
+    if not steps.by_magnitude:
+        return keep_mask(numbers.states[k], numbers.thresholds[k], b.mask, b.mask_buffers), delta
+    t = probability_by_magnitude(k, delta, numbers, out=b.scratch)
+    m = uniform_lanes(numbers.states[k], b.mask, b.mask_buffers).lt_(t)
+    if steps.rescale:
+        delta.div_(t.mul_(1 / LANE_VALUES))
+    return m, delta
 
-    Args:
-        out: Shape (elements,): the merged elements are written.
-        theta_0: The base model: shape and dtype of ``out``.
-        thetas: The fine-tuned models, one or more, of this shape.
-        keys: The keys of their masks.
-        numbers: Their numbers, without states.
-        steps: What is done.
-        start: Index of the first element to merge, a multiple of 4.
 
-    Returns:
-        Shape (): the largest chunk's sum of squares, as from :func:`merge_chunk`; ``None`` if
-        there was no chunk to merge.
+def probability_by_magnitude(k: int, delta: Tensor, numbers: Numbers, *, out: Tensor) -> Tensor:
+    """Return T_k = min(65536, ceil(c_k |delta_k|)) as floating-point numbers; at least 1."""
+    t = torch.abs(delta, out=out).mul_(numbers.scales[k]).ceil_()
+    return t.clamp_(min=numbers.thresholds[k]).clamp_(max=LANE_VALUES)
 
-    """
-    buffers = Buffers.of_this_thread(theta_0.device, steps.dtype)
-    square_sums: list[Tensor] = []
-    for first, (out_chunk, base_chunk, *theta_chunks) in chunks(
-        buffers.capacity, out, theta_0, *thetas, start=start
-    ):
-        numbers = numbers._replace(states=[state_before(key, first) for key in keys])
-        b = buffers.first(out_chunk.numel())
-        square_sums.append(merge_chunk(out_chunk, base_chunk, theta_chunks, numbers, steps, b))
-    return torch.stack(square_sums).max() if square_sums else None
+
+def accumulate(
+    k: int, m: Tensor, delta: Tensor, numbers: Numbers, steps: Steps, b: Buffers
+) -> None:
+    """Add the term of a model, w_k hat_k, to the sums; ``delta`` is overwritten."""
+    ties, first = steps.combine is Combine.TIES, k == 0
+    if ties and steps.normalize:
+        _accumulate_weights(b, m, delta, numbers.weights[k], first=first)
+    x: Tensor = delta.mul_(numbers.factors[k])
+    if ties:
+        _accumulate_with_magnitudes(b, m, x, first=first)
+    else:
+        _accumulate(b.sum, m, x, first=first)
 
 
 def _delta(theta: Tensor, base: Tensor, *, out: Tensor) -> Tensor:
@@ -196,23 +210,33 @@ def _accumulate_with_magnitudes(b: Buffers, m: Tensor, x: Tensor, *, first: bool
         b.magnitudes.add_(x.abs_())
 
 
-def _accumulate_weights(
-    b: Buffers, m: Tensor, x: Tensor, weight: float | Tensor, *, first: bool
-) -> None:
-    """Add w_k where the term is not 0, with the sign of the term and without."""
-    signed = torch.sign(x, out=b.scratch).mul_(weight)
+def _accumulate_weights(b: Buffers, m: Tensor, delta: Tensor, weight: Any, *, first: bool) -> None:
+    """Add w_k where the term is not 0: |w_k| with the sign of delta_k, and w_k without."""
+    signed = torch.sign(delta, out=b.scratch).mul_(abs(weight))
     _accumulate(b.signed_weights, m, signed, first=first)
     _accumulate(b.weights, m, signed.abs_().copysign_(weight), first=first)
 
 
+def elected_sign(b: Buffers) -> Tensor:
+    """Return s = sign(sum_k w_k hat_k) in ``b.mask``; 0 counts as +."""
+    # The sum is never -0 unless every term is 0.
+    return torch.copysign(_ONE, b.sum, out=b.mask)
+
+
 def _elected(b: Buffers, steps: Steps, lambda_: float | Tensor) -> Tensor:
     """Return lambda D of TIES."""
-    s = torch.copysign(_ONE, b.sum, out=b.mask)  # the sum is never -0 unless every term is 0
-    merged = b.sum.addcmul_(s, b.magnitudes)
+    s = elected_sign(b)
+    others_twice = b.magnitudes.sub_(torch.abs(b.sum, out=b.scratch))
+    merged = b.sum.addcmul_(s, others_twice, value=0.5)
     if steps.normalize:
-        divisor = b.weights.addcmul_(s, b.signed_weights)
-        merged.div_(divisor.masked_fill_(divisor == 0, 1))
+        merged.div_(elected_weights(b, s))
     return merged.mul_(lambda_) if steps.scale else merged
+
+
+def elected_weights(b: Buffers, s: Tensor) -> Tensor:
+    """Return the sum of the w_k of the terms of sign s, or 1 where it is 0."""
+    divisor = b.weights.addcmul_(s, b.signed_weights).mul_(0.5)
+    return divisor.masked_fill_(divisor == 0, 1)
 
 
 _ONE = torch.tensor(1.0, device="cpu")

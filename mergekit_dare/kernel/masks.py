@@ -2,8 +2,9 @@
 
 Element ``i`` of a fine-tuned tensor is kept iff ``lane(key, i) < T - 2**15``:
 
-* ``key`` is a hash of the seed, the output tensor's name and the fine-tuned tensor itself
-  (:func:`mask_key`), so no path, position, order, thread or device plays a part.
+* ``key`` is a hash of the seed and the fine-tuned tensor itself (:func:`mask_key`), so no name,
+  path, position, order, thread or device plays a part: equal tensors in, equal tensors out, which
+  tied embeddings need, and checkpoints whose names differ by a prefix.
 * word ``j`` of the key's stream is output ``j`` of SplitMix64 started at ``key`` (Steele, Lea,
   Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It is computed from
   ``j`` alone, without the words before it.
@@ -17,8 +18,9 @@ A lower density keeps a subset of what a higher density keeps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,24 +75,42 @@ def threshold(density: float) -> int:
     return min(LANE_VALUES, max(1, round(density * LANE_VALUES)))
 
 
-def mask_key(seed: int, name: str, tensor: Tensor) -> int:
+def mask_key(seed: int, tensor: Tensor) -> int:
     """Return the 64-bit key of a fine-tuned tensor's mask.
 
     The tensor's values are a part of it, so that models get independent masks wherever they
-    stand in a config, and so that a merge of merges draws anew on the same tensor name.
+    stand in a config, and so that a merge of merges draws anew.
 
     Args:
         seed: Any integer.
-        name: The output tensor's name.
         tensor: The fine-tuned tensor: any shape, strides, floating-point dtype and device.
 
     Returns:
         The first 8 bytes of a BLAKE2b hash, little-endian.
 
     """
-    header = repr((seed, name, str(tensor.dtype), tuple(tensor.shape))).encode()
-    digest = hashlib.blake2b(header + b"\0", digest_size=8, person=b"mergekit-dare/1")
-    for part in _fingerprint(tensor):
+    return _hash((seed, str(tensor.dtype), tuple(tensor.shape)), _fingerprint(tensor))
+
+
+def rounding_key(seed: int, base: Tensor, keys: Iterable[int]) -> int:
+    """Return the 64-bit key of the stream that rounds a merged tensor.
+
+    Args:
+        seed: Any integer.
+        base: The base model's tensor: any shape, strides, floating-point dtype and device.
+        keys: Those of the masks, in an order that does not depend on that of the models.
+
+    Returns:
+        The first 8 bytes of a BLAKE2b hash, little-endian.
+
+    """
+    header = ("rounding", seed, str(base.dtype), tuple(base.shape), tuple(keys))
+    return _hash(header, _fingerprint(base))
+
+
+def _hash(header: tuple[Any, ...], parts: Iterable[bytes]) -> int:
+    digest = hashlib.blake2b(digest_size=8, person=b"mergekit-dare/1")
+    for part in (repr(header).encode(), b"\0", *parts):
         digest.update(part)
     return int.from_bytes(digest.digest(), "little")
 
@@ -219,6 +239,22 @@ def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBu
         return out.fill_(1)
     splitmix64(state, buffers)
     return out.copy_(buffers.lanes.lt_(_LANE_THRESHOLDS[t]))
+
+
+def uniform_lanes(state: int | Tensor, out: Tensor, buffers: MaskBuffers) -> Tensor:
+    """Write each element's lane, read as an unsigned integer, into ``out``.
+
+    Args:
+        state: Where the elements are in which stream, from :func:`state_before`.
+        out: Shape (buffers.elements,), any dtype that holds 0 to 65535.
+        buffers: Scratch space; overwritten.
+
+    Returns:
+        ``out``.
+
+    """
+    splitmix64(state, buffers)
+    return out.copy_(buffers.lanes).add_(1 << 15)
 
 
 def kept_lanes(words: Tensor, t: Tensor) -> Tensor:

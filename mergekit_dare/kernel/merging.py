@@ -7,18 +7,30 @@ what is checked before, what the numbers in it are, and what may not leave it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import compiled
-from mergekit_dare.kernel.buffers import chunk_size, chunks
-from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine, Numbers, Steps, merge_chunks
-from mergekit_dare.kernel.masks import LANE_VALUES, mask_key, threshold
+from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
+from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine, Numbers, Steps, merge_chunk
+from mergekit_dare.kernel.masks import (
+    LANE_VALUES,
+    mask_key,
+    rounding_key,
+    state_before,
+    threshold,
+)
+from mergekit_dare.kernel.rounding import NARROW, Rounding
+from mergekit_dare.kernel.sampling import Sampling, magnitude_scale
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
+# Numbers beyond these make float32 products under- or overflow whose quotients need not: then the
+# arithmetic is in float64.
+_LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
+_GREATEST_SCALE = 2.0**100
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +57,14 @@ class Recipe:
 
     Attributes:
         combine: DARE-linear or DARE-TIES.
-        tensor_name: The output tensor's name: a part of the masks' key.
-        seed: Any integer: a part of the masks' key.
+        tensor_name: The output tensor's name, for error messages only.
+        seed: Any integer: a part of the masks' keys.
         normalize: Divide by the sum of the weights.
-        rescale: Divide the kept deltas by the density.
+        rescale: Divide the kept deltas by their probability.
         lambda_: Factor of the merged delta.
+        sampling: How the probability of a delta to be kept depends on its size.
+        rounding: How the result is rounded to the base's dtype; for float32 and float64 there
+            is nothing to round.
 
     """
 
@@ -59,19 +74,24 @@ class Recipe:
     normalize: bool = False
     rescale: bool = True
     lambda_: float = 1.0
+    sampling: Sampling = Sampling.UNIFORM
+    rounding: Rounding = Rounding.NEAREST
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One w_k hat_k of the sum, ready to be computed: ``factor * m_k * delta_k``.
+    """One w_k hat_k of the sum, ready to be computed.
 
     Attributes:
         model: The fine-tuned model that it comes from.
         theta: theta_k as a contiguous vector.
         key: The key of m_k.
-        t: d_k in units of 1 / 65536.
-        factor: w_k / d_k, or w_k if rescale is false; for linear also times lambda and
-            divided by the sum of weights, which are the same for all elements there.
+        t: The least T_k, in units of 1 / 65536: d_k, or by magnitude 1 or 65536.
+        scale: c_k in units of 1 / 65536; by magnitude only.
+        factor: w_k, with uniform sampling divided by d_k unless rescale is false; for linear also
+            times lambda and divided by the sum of weights.
+        weight: w_k; for a normalized TIES merge in units in which the largest is about 1, which
+            changes no quotient.
 
     """
 
@@ -79,7 +99,50 @@ class Term:
     theta: Tensor
     key: int
     t: int
+    scale: float
     factor: float
+    weight: float
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return what it is multiplied with."""
+        return self.factor, self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One tensor's merge, ready to be computed.
+
+    Attributes:
+        theta_0: The base model's elements as a contiguous vector.
+        terms: Those that are not zero throughout, in an order of their own.
+        steps: What is done to every chunk.
+        lambda_: Factor of the merged delta.
+        rounding_key: The key of the stream that rounds the result.
+
+    """
+
+    theta_0: Tensor
+    terms: Sequence[Term]
+    steps: Steps
+    lambda_: float
+    rounding_key: int
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """theta_0 and each theta_k."""
+        return [self.theta_0, *(term.theta for term in self.terms)]
+
+    def numbers(self, start: int) -> Numbers:
+        """Return the formula's numbers for the chunk whose first element is ``start``."""
+        keys = [*(term.key for term in self.terms), self.rounding_key]
+        return Numbers(
+            states=[state_before(key, start) for key in keys],
+            thresholds=[term.t for term in self.terms],
+            scales=[term.scale for term in self.terms],
+            factors=[term.factor for term in self.terms],
+            weights=[term.weight for term in self.terms],
+            lambda_=self.lambda_,
+        )
 
 
 def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
@@ -98,89 +161,148 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
             its dtype.
 
     """
-    for tensor in (base, *(model.tensor for model in models)):
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            raise ValueError(
-                f"tensor {recipe.tensor_name} has dtype {_dtype_name(tensor.dtype)}; DARE takes "
-                f"{', '.join(map(_dtype_name, SUPPORTED_DTYPES))}: set dtype in the config"
-            )
-    terms = terms_of(models, recipe)
-    theta_0 = base.detach().reshape(-1)
+    _check_dtype("the base model", base, recipe)
+    for model in models:
+        _check_dtype(f"model {model.name}", model.tensor, recipe)
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     with torch.inference_mode():
-        if not terms:
+        job = plan(base, models, recipe)
+        if not job.terms:
             return out.copy_(base)
-        bound = _merge_chunks(out.view(-1), theta_0, terms, recipe)
+        bound = _merge_chunks(out.view(-1), job)
         if not bound < _overflow_limit(out.dtype):
-            _raise_non_finite_deltas(theta_0, terms, recipe)
-            _merge_chunks(out.view(-1), theta_0, terms, recipe, equal_infinities=True)
-            _raise_overflow(out.view(-1), theta_0, recipe)
+            _raise_non_finite_deltas(job, recipe)
+            _merge_chunks(out.view(-1), with_equal_infinities(job))
+            _raise_overflow(out.view(-1), job.theta_0, recipe)
     return out
 
 
-def terms_of(models: Sequence[FineTuned], recipe: Recipe) -> list[Term]:
+def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
+    """Find the numbers of the formula for one tensor."""
+    theta_0 = base.detach().resolve_neg().reshape(-1)
+    if not theta_0.is_contiguous():
+        theta_0 = theta_0.contiguous()
+    terms = _terms(theta_0, models, recipe)
+    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
+    stochastic = recipe.rounding is Rounding.STOCHASTIC and base.dtype in NARROW
+    ties = recipe.combine is Combine.TIES
+    steps = Steps(
+        recipe.combine,
+        _work_dtype(theta_0, terms, recipe),
+        by_magnitude=by_magnitude,
+        rescale=recipe.rescale,
+        normalize=ties and recipe.normalize,
+        scale=ties and recipe.lambda_ != 1,
+        stochastic=stochastic,
+    )
+    keys = [term.key for term in terms]
+    key = rounding_key(recipe.seed, base.detach(), keys) if stochastic and terms else 0
+    return Job(theta_0, terms, steps, recipe.lambda_, key)
+
+
+def with_equal_infinities(job: Job) -> Job:
+    """Return the job for tensors in which elements may be infinite, and equal, in all models."""
+    return replace(job, steps=replace(job.steps, equal_infinities=True))
+
+
+def _terms(theta_0: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> list[Term]:
     """Return the terms of the sum that are not zero throughout, in an order of their own.
 
     They are sorted by their masks' keys: a floating-point sum depends on its order, and the
     order of the models in a config must not matter.
     """
-    scale = 1.0
-    if recipe.combine is Combine.LINEAR:
-        scale = recipe.lambda_
-        if recipe.normalize:
-            divisor = math.fsum(model.weight for model in models)
-            scale /= divisor if abs(divisor) >= _SMALLEST_LINEAR_DIVISOR else 1.0
+    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
+    weight_unit, factor_unit = _units(models, recipe)
     terms = []
     for model in models:
-        t = threshold(model.density)
-        if model.weight == 0 or t == 0 or model.tensor.numel() == 0:
+        t, scale = threshold(model.density), 0.0
+        if model.weight == 0 or t == 0 or theta_0.numel() == 0:
             continue
-        theta = model.tensor.detach().contiguous()
-        key = mask_key(recipe.seed, recipe.tensor_name, theta)
-        rescale = LANE_VALUES / t if recipe.rescale else 1.0
-        terms.append(Term(model, theta.view(-1), key, t, model.weight * rescale * scale))
-    return sorted(terms, key=lambda term: (term.key, term.t, term.factor))
+        theta = model.tensor.detach().resolve_neg().contiguous()
+        key = mask_key(recipe.seed, theta)
+        theta = theta.view(-1)
+        rescale = LANE_VALUES / t if recipe.rescale and not by_magnitude else 1.0
+        if by_magnitude:
+            dtype = _wide_dtype(theta_0, theta)
+            found = magnitude_scale(theta, theta_0, model.density, dtype)
+            t, scale = (LANE_VALUES, 0.0) if found is None else (1, found)
+        factor = model.weight * rescale * factor_unit
+        terms.append(Term(model, theta, key, t, scale, factor, model.weight * weight_unit))
+    return sorted(terms, key=lambda term: (term.key, term.t, term.scale, term.factor))
 
 
-def _merge_chunks(
-    out: Tensor,
-    theta_0: Tensor,
-    terms: Sequence[Term],
-    recipe: Recipe,
-    *,
-    equal_infinities: bool = False,
-) -> float:
+def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
+    """Return what weights and what factors are multiplied with."""
+    if recipe.combine is Combine.LINEAR:
+        divisor = math.fsum(model.weight for model in models) if recipe.normalize else 1.0
+        return 1.0, recipe.lambda_ / (divisor if abs(divisor) >= _SMALLEST_LINEAR_DIVISOR else 1.0)
+    if not recipe.normalize:
+        return 1.0, 1.0
+    _, exponent = math.frexp(max((abs(model.weight) for model in models), default=1.0))
+    unit = 2.0 ** min(max(-exponent, -1000), 1000)
+    return unit, unit
+
+
+def _merge_chunks(out: Tensor, job: Job) -> float:
     """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
-    The bound is the largest chunk's L2 norm.
+    The bound is the largest chunk's L2 norm. Compiled code takes as many chunks as it can.
     """
-    ties = recipe.combine is Combine.TIES
-    half = 0.5 if ties else 1.0
-    steps = Steps(
-        recipe.combine,
-        work_dtype(theta_0, terms),
-        normalize=ties and recipe.normalize,
-        scale=ties and recipe.lambda_ != 1,
-        equal_infinities=equal_infinities,
-    )
-    numbers = Numbers(
-        states=(),
-        thresholds=[term.t for term in terms],
-        factors=[term.factor * half for term in terms],
-        weights=[term.model.weight * half for term in terms],
-        lambda_=recipe.lambda_,
-    )
-    vectors = (out, theta_0, [term.theta for term in terms], [term.key for term in terms])
-    done, largest = compiled.merge_chunks(*vectors, numbers, steps)
-    rest = merge_chunks(*vectors, numbers, steps, start=done)
-    square_sums = [square_sum for square_sum in (largest, rest) if square_sum is not None]
-    return math.sqrt(float(torch.stack(square_sums).max()))
+    b = Buffers.of_this_thread(out.device, job.steps.dtype)
+
+    def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        out, theta_0, *thetas = chunk
+        return merge_chunk(out, theta_0, thetas, numbers, job.steps, b.first(out.numel()))
+
+    # One for all: small tensors that live on between large ones keep freed memory from use.
+    largest = torch.zeros((), dtype=job.steps.dtype, device=out.device)
+    done = 0
+    merge_compiled = compiled.merge_function(out, job.vectors, job.steps, merge_one)
+    if merge_compiled is not None:
+        whole = out.numel() // compiled.CHUNK * compiled.CHUNK
+        done = _loop(out, job, compiled.CHUNK, 0, whole, merge_compiled, largest)
+    _loop(out, job, b.capacity, done, out.numel(), merge_one, largest)
+    return math.sqrt(float(largest))
 
 
-def work_dtype(theta_0: Tensor, terms: Sequence[Term]) -> torch.dtype:
-    """Return the dtype of all arithmetic: float64 if an input is float64, else float32."""
-    dtypes = {theta_0.dtype, *(term.theta.dtype for term in terms)}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def _loop(
+    out: Tensor,
+    job: Job,
+    size: int,
+    start: int,
+    stop: int,
+    merge_one: Callable[[Sequence[Tensor], Numbers], Tensor | None],
+    largest: Tensor,
+) -> int:
+    """Merge the elements from ``start`` to ``stop`` in chunks; return where it stopped.
+
+    ``merge_one`` may return ``None`` in place of a chunk's sum of squares: it cannot go on. The
+    largest sum of squares, or NaN if there was one, is kept in ``largest``.
+    """
+    for first, chunk in chunks(size, out[:stop], *(v[:stop] for v in job.vectors), start=start):
+        square_sum = merge_one(chunk, job.numbers(first))
+        if square_sum is None:
+            return first
+        torch.maximum(largest, square_sum, out=largest)
+    return stop
+
+
+def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float64 if a tensor is float64, else float32."""
+    wide = torch.float64 in {tensor.dtype for tensor in tensors}
+    return torch.float64 if wide else torch.float32
+
+
+def _work_dtype(theta_0: Tensor, terms: Sequence[Term], recipe: Recipe) -> torch.dtype:
+    """Return the dtype of all arithmetic: float64 if an input is float64, else float32.
+
+    Numbers that float32 products could lose are another reason for float64.
+    """
+    numbers = [recipe.lambda_, *(number for term in terms for number in term.numbers())]
+    outside = any(n and not _LEAST_FACTOR <= abs(n) <= _GREATEST_FACTOR for n in numbers)
+    if outside or any(term.scale > _GREATEST_SCALE for term in terms):
+        return torch.float64
+    return _wide_dtype(theta_0, *(term.theta for term in terms))
 
 
 def _overflow_limit(dtype: torch.dtype) -> float:
@@ -192,11 +314,21 @@ def _overflow_limit(dtype: torch.dtype) -> float:
     return math.ldexp(1 - info.eps / 4, exponent)
 
 
-def _raise_non_finite_deltas(theta_0: Tensor, terms: Sequence[Term], recipe: Recipe) -> None:
+def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
+    """Raise ValueError for a dtype that no merge can take."""
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"tensor {recipe.tensor_name} of {name} has dtype {_dtype_name(tensor.dtype)}; DARE "
+            f"takes {', '.join(map(_dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
+            "are codes, which cannot be merged; dequantize it first"
+        )
+
+
+def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
     """Raise ValueError for the first model with deltas that are NaN or infinite, if any."""
-    for term in terms:
+    theta_0, wide = job.theta_0, _wide_dtype(*job.vectors)
+    for term in job.terms:
         bad = bad_in_base = 0
-        wide = work_dtype(theta_0, terms)
         for _, (base, theta) in chunks(chunk_size(theta_0.device), theta_0, term.theta):
             unequal = theta != base
             bad += int((unequal & ~torch.isfinite(theta.to(wide) - base.to(wide))).sum())
@@ -218,10 +350,11 @@ def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
     )
     if overflows:
         limit = torch.finfo(out.dtype).max
+        wider = ", or set a wider dtype, such as bfloat16" if out.dtype == torch.float16 else ""
         raise ValueError(
             f"merged tensor {recipe.tensor_name} overflows {_dtype_name(out.dtype)} (largest "
-            f"{limit:g}) in {overflows} of {out.numel()} elements; lower weight or lambda, raise "
-            "density, or set a wider dtype, such as bfloat16"
+            f"{limit:g}) in {overflows} of {out.numel()} elements; lower weight or lambda, or "
+            f"raise density{wider}"
         )
 
 

@@ -97,7 +97,7 @@ class _HostFinder:
 
             @_initializing.setter
             def _initializing(self, executing: bool) -> None:
-                self.__class__ = kind
+                self.__class__ = kind  # type: ignore[assignment]
                 self._initializing = executing
                 if not executing and sys.modules.get(HOST_MODULE) is host:  # else it failed
                     _register()

@@ -6,10 +6,13 @@ values while mergekit plans the merge, and hands plain tensors to ``mergekit_dar
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,8 +30,12 @@ from mergekit_dare import __version__
 from mergekit_dare.kernel import gradients
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.rounding import Rounding
+from mergekit_dare.kernel.sampling import Sampling
 from mergekit_dare.plugin import registration
 
+# The parameters that take one of a few words.
+WORDS: dict[str, type[Enum]] = {"sampling": Sampling, "rounding": Rounding}
 PAPER_URL = "https://arxiv.org/abs/2311.03099"
 
 # Called with each merged tensor: the base's, the fine-tuned models' and the name.
@@ -67,6 +74,13 @@ class DareParameter(ParameterSpec):
 
 def _problem(name: str, value: Any, converted: Any) -> str | None:
     """Say what is wrong with a parameter's value, or return ``None``."""
+    if name in WORDS:
+        words = [word.value for word in WORDS[name]]
+        if value in words:
+            return None
+        near = difflib.get_close_matches(str(value), words, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"must be {' or '.join(words)}{hint}"
     if name == "seed":
         if value is None or (type(converted) is int and type(value) is not bool):
             return None
@@ -119,6 +133,8 @@ class DareMethod(GroupMergeMethod):
                 DareParameter("rescale", bool, ParameterScope.SHARED, default=True),
                 DareParameter("lambda", float, ParameterScope.SHARED, default=1.0),
                 DareParameter("seed", int | None, ParameterScope.SHARED, default=None),
+                DareParameter("sampling", str, ParameterScope.SHARED, default="uniform"),
+                DareParameter("rounding", str, ParameterScope.SHARED, default="nearest"),
                 # For old configs: the built-in's masks were tensors, ours are never stored.
                 DareParameter("int8_mask", bool, ParameterScope.SHARED, default=False),
             ),
@@ -160,6 +176,12 @@ class DareMethod(GroupMergeMethod):
             ValueError: see :func:`mergekit_dare.kernel.merging.merge`.
 
         """
+        if "torch._dynamo" in sys.modules:  # somebody compiles, perhaps what calls us
+            merge: Callable[..., torch.Tensor] = torch.compiler.disable(self._merge)
+            return merge(group, parameters)
+        return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> torch.Tensor:
         assert group.base is not None  # the contract requires one
         weights: Mapping[Hashable, float] = parameters["weight"]
         densities: Mapping[Hashable, float] = parameters["density"]
@@ -175,6 +197,8 @@ class DareMethod(GroupMergeMethod):
             normalize=parameters["normalize"],
             rescale=parameters["rescale"],
             lambda_=parameters["lambda"],
+            sampling=Sampling(parameters["sampling"]),
+            rounding=Rounding(parameters["rounding"]),
         )
         merged = gradients.merge(group.base.tensor, models, recipe)
         for look in _OBSERVERS:

@@ -17,6 +17,8 @@ from torch import Tensor
 from mergekit_dare.kernel import compiled, gradients, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.rounding import Rounding
+from mergekit_dare.kernel.sampling import Sampling
 from tests.kernel.test_merging import (
     ALL_DTYPES,
     BOTH,
@@ -52,14 +54,22 @@ def _small_chunks_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def merged_elements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Switch compiled code on, and say how many elements of each tensor it merged."""
     merged: list[int] = []
-    merge_chunks = compiled.merge_chunks
+    merge_function = compiled.merge_function
 
-    def merge_and_count(*arguments: Any) -> tuple[int, Tensor | None]:
-        result = merge_chunks(*arguments)
-        merged.append(result[0])
-        return result
+    def count(*arguments: Any) -> Any:
+        function = merge_function(*arguments)
+        merged.append(0)
+        if function is None:
+            return None
 
-    monkeypatch.setattr(compiled, "merge_chunks", merge_and_count)
+        def merge_and_count(*chunk: Any) -> Tensor | None:
+            square_sum = function(*chunk)
+            merged[-1] += 0 if square_sum is None else CHUNK
+            return square_sum
+
+        return merge_and_count
+
+    monkeypatch.setattr(compiled, "merge_function", count)
     monkeypatch.setenv("MERGEKIT_DARE_COMPILE", "1")
     return merged
 
@@ -136,6 +146,22 @@ def test_more_cases_than_torch_compiles_of_one_code(merged_elements: list[int]) 
         for settings in steps:
             merging.merge(base, models(tuned, 0.1, 0.5), settings)
     assert merged_elements == [CHUNK] * 12
+
+
+@needs_compiler
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_sampling_and_rounding(
+    combine: Combine, dtype: torch.dtype, merged_elements: list[int]
+) -> None:
+    base, tuned = family(3, 2 * CHUNK + 37, dtype=dtype)
+    entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
+    settings = recipe(
+        combine, normalize=True, sampling=Sampling.MAGNITUDE, rounding=Rounding.STOCHASTIC
+    )
+    plain, with_compiled = merge_both_ways(base, entries, settings)
+    assert_same_bits(with_compiled, plain)
+    assert merged_elements == [0, 2 * CHUNK]
 
 
 @needs_compiler

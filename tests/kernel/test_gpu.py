@@ -37,7 +37,7 @@ def test_the_bytes_of_the_cpu(
 @ALL_DTYPES
 def test_the_key_of_the_cpu(dtype: torch.dtype) -> None:
     (tensor, _) = family(1, 300_001, dtype=dtype)
-    assert mask_key(1, "w", tensor.cuda()) == mask_key(1, "w", tensor)
+    assert mask_key(1, tensor.cuda()) == mask_key(1, tensor)
 
 
 @BOTH

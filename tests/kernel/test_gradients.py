@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mergekit_dare.kernel import buffers, gradients, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import mask_key
+from mergekit_dare.kernel.sampling import Sampling
 from tests.kernel.test_merging import BOTH, assert_same_bits, family, models, randn, recipe
 
 WEIGHTS = [0.7, -0.2, 0.5]
@@ -24,7 +26,7 @@ def test_equal_finite_differences(combine: Combine, normalize: bool, rescale: bo
     loss = gradients.merge(base, models(tuned, WEIGHTS, 0.6), settings).square().sum()
     actual = torch.autograd.grad(loss, inputs)
 
-    keys = [mask_key(42, "w", theta) for theta in tuned]
+    keys = [mask_key(42, theta) for theta in tuned]
     step = 1e-6
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for index, (tensor, gradient) in enumerate(zip(inputs, actual, strict=True)):
@@ -108,3 +110,76 @@ def test_an_input_changed_before_backward_is_noticed() -> None:
         tuned.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         merged.sum().backward()
+
+
+@BOTH
+@NORMALIZE
+@pytest.mark.parametrize("rescale", [True, False], ids=["rescale", "no-rescale"])
+def test_by_magnitude_masks_and_probabilities_are_constants(
+    combine: Combine, normalize: bool, rescale: bool
+) -> None:
+    """The merge is linear in the deltas, with the gradients as factors: it is their sum."""
+    base, tuned = family(3, 500, dtype=torch.float64)
+    settings = recipe(
+        combine, normalize=normalize, rescale=rescale, sampling=Sampling.MAGNITUDE, lambda_=-0.5
+    )
+    inputs = [tensor.requires_grad_() for tensor in (base, *tuned)]
+    merged = gradients.merge(base, models(tuned, WEIGHTS, 0.3), settings)
+    _, *factors = torch.autograd.grad(merged.sum(), inputs)
+    deltas = [theta.detach() - base.detach() for theta in tuned]
+    rebuilt = base.detach() + sum(a * d for a, d in zip(factors, deltas, strict=True))
+    torch.testing.assert_close(rebuilt, merged.detach())
+    assert any(bool((a != 0).any()) for a in factors)
+
+
+@BOTH
+@NORMALIZE
+def test_tangents_and_second_derivatives(combine: Combine, normalize: bool) -> None:
+    """Forward mode agrees with reverse mode; of a square, the second derivative is 2 a a'."""
+    base, tuned = family(3, 40, dtype=torch.float64)
+    settings = recipe(combine, normalize=normalize)
+
+    def merge(*inputs: torch.Tensor) -> torch.Tensor:
+        return gradients.merge(inputs[0], models(list(inputs[1:]), WEIGHTS, 0.5), settings)
+
+    inputs = (base, *tuned)
+    tangents = tuple(randn(seed, 40, dtype=torch.float64) for seed in range(4))
+    ones = torch.ones(40, dtype=torch.float64)
+    _, pulled = torch.autograd.functional.vjp(merge, inputs, ones)
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(i, t) for i, t in zip(inputs, tangents, strict=True)]
+        pushed = forward_ad.unpack_dual(merge(*dual)).tangent
+    assert pushed is not None
+    dots = sum((p * t).sum() for p, t in zip(pulled, tangents, strict=True))
+    torch.testing.assert_close(pushed.sum(), dots)
+
+    def square(theta: torch.Tensor) -> torch.Tensor:
+        return merge(base, theta, *tuned[1:]).square().sum()
+
+    hessian = torch.autograd.functional.hessian(square, tuned[0])
+    torch.testing.assert_close(hessian, torch.diag(2 * pulled[1].square()))
+    assert bool((hessian != 0).any())
+
+
+def test_functional_transforms() -> None:
+    base, (tuned,) = family(1, 40)
+
+    def merge(theta: torch.Tensor) -> torch.Tensor:
+        return gradients.merge(base, models([theta], 0.5, 0.5), recipe(Combine.LINEAR))
+
+    expected = torch.autograd.functional.jacobian(merge, tuned).diagonal()
+    by_func = torch.func.grad(lambda theta: merge(theta).sum())(tuned)
+    pushed = torch.func.jvp(merge, (tuned,), (torch.ones_like(tuned),))[1]
+    assert torch.equal(by_func, expected)
+    assert torch.equal(pushed, expected)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(merge)(torch.stack([tuned, tuned]))
+
+
+def test_negative_views() -> None:
+    base, (tuned,) = family(1, 40)
+    expected = merging.merge(base, models([tuned], 0.5, 0.5), recipe(Combine.LINEAR))
+    negative = [torch._neg_view(-tensor) for tensor in (base, tuned)]
+    assert negative[0].is_neg()
+    merged = merging.merge(negative[0], models(negative[1:], 0.5, 0.5), recipe(Combine.LINEAR))
+    assert_same_bits(merged, expected)

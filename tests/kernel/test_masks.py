@@ -103,7 +103,7 @@ def test_kept_fraction(density: float) -> None:
     count = 1 << 24
     met = threshold(density) / 65536
     for key in range(4):
-        kept = float(mask_of(mask_key(key, "w", weights(key, 8)), density, count).double().sum())
+        kept = float(mask_of(mask_key(key, weights(key, 8)), density, count).double().sum())
         assert abs(kept - count * met) < Z * math.sqrt(count * met * (1 - met))
 
 
@@ -136,7 +136,7 @@ def test_models_are_independent(density: float) -> None:
     """Covariance of the masks of every pair of 8 models, 2**20 elements; false alarms 1e-6 each."""
     count = 1 << 20
     met = threshold(density) / 65536
-    keys = [mask_key(42, "model.layers.0.mlp.up_proj.weight", weights(k, 64)) for k in range(8)]
+    keys = [mask_key(42, weights(k, 64)) for k in range(8)]
     masks = [mask_of(key, density, count) - met for key in keys]
     deviation = met * (1 - met) * math.sqrt(count)
     for i, first in enumerate(masks):
@@ -151,16 +151,15 @@ def test_keys_differ_in_every_part() -> None:
     swapped = tensor.clone()
     swapped[0, 0], swapped[0, 1] = tensor[0, 1], tensor[0, 0]
     keys = [
-        mask_key(0, "w", tensor),
-        mask_key(1, "w", tensor),
-        mask_key(0, "v", tensor),
-        mask_key(0, "w", tensor.view(32, 128)),
-        mask_key(0, "w", tensor.view(torch.int32).view(torch.float32).bfloat16()),
-        mask_key(0, "w", changed),
-        mask_key(0, "w", swapped),
+        mask_key(0, tensor),
+        mask_key(1, tensor),
+        mask_key(0, tensor.view(32, 128)),
+        mask_key(0, tensor.view(torch.int32).view(torch.float32).bfloat16()),
+        mask_key(0, changed),
+        mask_key(0, swapped),
     ]
     assert len(set(keys)) == len(keys)
-    assert mask_key(0, "w", tensor.clone()) == keys[0]
+    assert mask_key(0, tensor.clone()) == keys[0]
 
 
 @pytest.mark.parametrize(
@@ -169,24 +168,24 @@ def test_keys_differ_in_every_part() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (40_001,), (16_384,), (3, 16_384)])
 def test_key_equals_the_plain_python_key(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = weights(4, *shape, dtype=dtype)
-    assert mask_key(2**70, "näme", tensor) == reference.mask_key(2**70, "näme", tensor)
+    assert mask_key(2**70, tensor) == reference.mask_key(2**70, tensor)
 
 
 def test_key_depends_on_values_not_on_layout() -> None:
     tensor = weights(1, 300, 200, dtype=torch.bfloat16)
-    key = mask_key(0, "w", tensor)
-    assert mask_key(0, "w", tensor.t().contiguous().t()) == key
+    key = mask_key(0, tensor)
+    assert mask_key(0, tensor.t().contiguous().t()) == key
     odd_offset = torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(300, 200)
     assert odd_offset.storage_offset() == 1
-    assert mask_key(0, "w", odd_offset) == key
+    assert mask_key(0, odd_offset) == key
     single = torch.arange(4, dtype=torch.bfloat16).view(2, 2)[1:, 1]
     assert single.is_contiguous()  # though its stride is 2
     assert single.stride() == (2,)
-    assert mask_key(0, "w", single) == mask_key(0, "w", single.clone())
+    assert mask_key(0, single) == mask_key(0, single.clone())
 
 
 def test_key_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = weights(1, 100_000)
-    key = mask_key(0, "w", tensor)
+    key = mask_key(0, tensor)
     monkeypatch.setattr("mergekit_dare.kernel.masks._FINGERPRINT_PIECE", 1 << 16)
-    assert mask_key(0, "w", tensor) == key
+    assert mask_key(0, tensor) == key

@@ -11,10 +11,18 @@ from mergekit_dare.kernel import buffers, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold
 from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.rounding import Rounding
+from mergekit_dare.kernel.sampling import Sampling, magnitude_scale
 from tests import reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BOTH = pytest.mark.parametrize("combine", list(Combine), ids=lambda combine: combine.value)
+WAYS = {
+    "uniform": {},
+    "magnitude": {"sampling": Sampling.MAGNITUDE},
+    "stochastic": {"sampling": Sampling.MAGNITUDE, "rounding": Rounding.STOCHASTIC},
+}
+EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -64,6 +72,21 @@ def recipe(combine: Combine, **settings: object) -> Recipe:
     return Recipe(combine, **(defaults | settings))  # type: ignore[arg-type]
 
 
+def scales_of(
+    base: Tensor, tuned: list[Tensor], densities: list[float], settings: Recipe
+) -> list[float | None] | None:
+    """The product's own c of each model, which tests/kernel/test_sampling.py checks."""
+    if settings.sampling is Sampling.UNIFORM:
+        return None
+    dtypes = {base.dtype, *(theta.dtype for theta in tuned)}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    flat = base.contiguous().view(-1)
+    return [
+        magnitude_scale(theta.contiguous().view(-1), flat, density, wide) if density else None
+        for theta, density in zip(tuned, densities, strict=True)
+    ]
+
+
 def assert_matches_reference(
     base: Tensor,
     tuned: list[Tensor],
@@ -83,7 +106,7 @@ def assert_matches_reference(
         rescale=settings.rescale,
         lambda_=settings.lambda_,
         seed=settings.seed,
-        name=settings.tensor_name,
+        scales=scales_of(base, tuned, densities, settings),
     )
     assert actual.dtype == base.dtype
     sure = ~expected.doubtful
@@ -111,8 +134,12 @@ def test_reference(
     combine: Combine, dtype: torch.dtype, count: int, normalize: bool, rescale: bool
 ) -> None:
     base, tuned = family(count, 41, 53, dtype=dtype)
-    for lambda_, density in itertools.product([1.0, 0.6, -1.5], [0.0, 0.01, 0.1, 0.5, 0.9, 1.0]):
-        settings = recipe(combine, normalize=normalize, rescale=rescale, lambda_=lambda_)
+    for lambda_, density, sampling in itertools.product(
+        [1.0, 0.6, -1.5], [0.0, 0.01, 0.1, 0.5, 0.9, 1.0], Sampling
+    ):
+        settings = recipe(
+            combine, normalize=normalize, rescale=rescale, lambda_=lambda_, sampling=sampling
+        )
         assert_matches_reference(base, tuned, WEIGHTS[count], [density] * count, settings)
 
 
@@ -178,7 +205,7 @@ def test_the_base_where_all_is_dropped(combine: Combine, dtype: torch.dtype) -> 
     merged = merging.merge(base, models(tuned, [1.0, -1.0], 0.01), sparse)
     kept = torch.zeros(base.shape, dtype=torch.bool)
     for theta in tuned:
-        key = reference.mask_key(42, "sparse", theta)
+        key = reference.mask_key(42, theta)
         kept |= torch.tensor(reference.keep_mask(key, 0.01, base.numel())).view(base.shape)
     assert 0 < int(kept.sum()) < 0.04 * base.numel()
     assert_same_bits(merged[~kept], base[~kept])
@@ -245,12 +272,13 @@ def test_equal_infinities(combine: Combine, dtype: torch.dtype) -> None:
     assert finite.shape == merged.shape
 
 
+@EACH_WAY
 @BOTH
-def test_the_order_of_models_does_not_matter(combine: Combine) -> None:
+def test_the_order_of_models_does_not_matter(combine: Combine, way: dict[str, object]) -> None:
     base, tuned = family(5, 4000)
     entries = models(tuned, [0.3, 0.31, 0.32, -0.2, 0.5], [0.5, 0.1, 0.9, 0.3, 1.0])
     for normalize in (False, True):
-        settings = recipe(combine, normalize=normalize)
+        settings = recipe(combine, normalize=normalize, **way)
         expected = merging.merge(base, entries, settings)
         for order in list(itertools.permutations(entries))[::17]:
             assert_same_bits(merging.merge(base, order, settings), expected)
@@ -300,15 +328,16 @@ def test_chained_merges_are_unbiased() -> None:
     assert abs(float((twice - base).sum() - deltas.sum())) < 4.9 * noise
 
 
+@EACH_WAY
 @BOTH
 @ALL_DTYPES
 def test_chunk_borders(
-    combine: Combine, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    combine: Combine, dtype: torch.dtype, way: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, tuned = family(3, 3 * 1024 + 5, dtype=dtype)
     entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
     for normalize in (False, True):
-        settings = recipe(combine, normalize=normalize)
+        settings = recipe(combine, normalize=normalize, **way)
         monkeypatch.undo()
         expected = merging.merge(base, entries, settings)
         for chunk in (4, 8, 1020, 1024, 3076, 3080):
@@ -316,9 +345,10 @@ def test_chunk_borders(
             assert_same_bits(merging.merge(base, entries, settings), expected)
 
 
+@EACH_WAY
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_threads(combine: Combine, dtype: torch.dtype) -> None:
+def test_threads(combine: Combine, dtype: torch.dtype, way: dict[str, object]) -> None:
     base, tuned = family(3, buffers.CPU_CHUNK_PER_THREAD * 4 + 12345, dtype=dtype)
     entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
     threads = torch.get_num_threads()
@@ -326,40 +356,44 @@ def test_threads(combine: Combine, dtype: torch.dtype) -> None:
         results = []
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(merging.merge(base, entries, recipe(combine, normalize=True)))
+            results.append(merging.merge(base, entries, recipe(combine, normalize=True, **way)))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
 
+@EACH_WAY
 @BOTH
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1), (7,), (2, 3, 5)])
-def test_shapes(combine: Combine, shape: tuple[int, ...]) -> None:
+def test_shapes(combine: Combine, shape: tuple[int, ...], way: dict[str, object]) -> None:
     base, tuned = family(2, *shape)
     before = [base.clone(), *(theta.clone() for theta in tuned)]
-    merged = merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine))
+    merged = merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine, **way))
     assert merged.shape == shape
     assert_same_bits(
         merged.reshape(-1),
-        merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine)).reshape(-1),
+        merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine, **way)).reshape(-1),
     )
     for tensor, copy in zip([base, *tuned], before, strict=True):
         assert_same_bits(tensor, copy)
 
 
+@EACH_WAY
 @BOTH
 @ALL_DTYPES
-def test_strides(combine: Combine, dtype: torch.dtype) -> None:
+def test_strides(combine: Combine, dtype: torch.dtype, way: dict[str, object]) -> None:
     base, tuned = family(2, 60, 40, dtype=dtype)
-    expected = merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine))
+    expected = merging.merge(base, models(tuned, 0.5, 0.5), recipe(combine, **way))
     transposed = [tensor.t().contiguous().t() for tensor in (base, *tuned)]
     sliced = [
         torch.stack([tensor, tensor.new_zeros(tensor.shape)], dim=-1)[..., 0]
         for tensor in (base, *tuned)
     ]
     for first, *rest in (transposed, sliced, [base, *transposed[1:]], [sliced[0], *tuned]):
-        assert_same_bits(merging.merge(first, models(rest, 0.5, 0.5), recipe(combine)), expected)
+        assert_same_bits(
+            merging.merge(first, models(rest, 0.5, 0.5), recipe(combine, **way)), expected
+        )
 
 
 def test_zero_stride_and_odd_offset() -> None:
@@ -391,7 +425,7 @@ def test_float16_beyond_its_norms(combine: Combine) -> None:
     assert bool(merged.isfinite().all())
     small = slice(0, 3)
     # The reference is slow: check rows on their own terms by recomputing them from the mask.
-    key = reference.mask_key(42, "w", tuned[0][small].contiguous())
+    key = reference.mask_key(42, tuned[0][small].contiguous())
     assert key != 0
     alone = merging.merge(base, models(tuned[:1], 1.0, 0.1), recipe(combine))
     moved = alone != base
@@ -458,7 +492,7 @@ def test_overflow_of_a_dtype_narrower_than_the_arithmetic() -> None:
 
 def test_unsupported_dtype() -> None:
     base = torch.zeros(4, dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="tensor w has dtype float8_e4m3fn; DARE takes bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype float8_e4m3fn.*is quantized.*dequantize it first"):
         merging.merge(base, models([base]), recipe(Combine.LINEAR))
 
 

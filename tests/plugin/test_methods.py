@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.plugin.methods import DareMethod, dare_linear, dare_ties
 from tests.kernel.test_merging import assert_same_bits, family, models, randn, recipe
-from tests.running import Config, merge_yaml
+from tests.running import Config, merge_yaml, run_command
 
 METHODS = pytest.mark.parametrize("method", [dare_linear, dare_ties], ids=["linear", "ties"])
 
@@ -56,9 +57,10 @@ def test_parameters_of_the_built_in_and_seed(method: DareMethod) -> None:
         return {p.name: (p.value_type, p.scope, p.default) for p in spec.parameters}
 
     ours, theirs = described(method.spec), described(built_in(method).spec)
-    seed = ours.pop("seed")
+    seed, sampling, rounding = (ours.pop(name) for name in ("seed", "sampling", "rounding"))
     assert ours == theirs
     assert seed[1:] == ("shared", None)
+    assert (sampling, rounding) == ((str, "shared", "uniform"), (str, "shared", "nearest"))
     assert theirs["weight"][2] is MISSING
     assert method.spec.contract == built_in(method).spec.contract
     assert method.spec.reference_url == built_in(method).spec.reference_url
@@ -176,6 +178,9 @@ BAD = [
     ("seed", 1.5, "must be an integer, or be left out to take --random-seed"),
     ("seed", "lucky", "must be an integer"),
     ("seed", True, "must be an integer"),
+    ("sampling", "magnitud", "must be uniform or magnitude; did you mean magnitude?"),
+    ("sampling", True, "must be uniform or magnitude"),
+    ("rounding", "up", "must be nearest or stochastic"),
 ]
 
 
@@ -257,3 +262,23 @@ def test_nothing_is_logged_when_all_is_well(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         merge(dare_ties, base, tuned, density=0.5)
     assert not caplog.records
+
+
+@pytest.mark.slow
+def test_a_merge_inside_compiled_code(tmp_path: Path) -> None:
+    """torch.compile around a merge leaves the merge as it is, and torch works on after it."""
+    program = """
+import torch
+from mergekit.merge_methods import merge_tensors
+base = torch.randn(20)
+def merged(theta):
+    parameters = dict(weight=[0.5], density=0.5, seed=1)
+    return 3 * merge_tensors([base, 2 * theta], 'dare_ties', parameters=parameters, base_index=0)
+theta = torch.randn(20, requires_grad=True)
+around = torch.compile(merged)
+assert torch.equal(around(theta), merged(theta))
+(a,), (b,) = (torch.autograd.grad(f(theta).sum(), theta) for f in (around, merged))
+assert torch.equal(a, b) and bool((a != 0).any())
+print('equal')
+"""
+    assert run_command(sys.executable, "-c", program, cwd=tmp_path).stdout == "equal\n"

@@ -30,8 +30,10 @@ from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, 
 from mergekit_dare.kernel import buffers, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold
+from mergekit_dare.kernel.rounding import Rounding
+from mergekit_dare.kernel.sampling import Sampling
 from tests import reference
-from tests.kernel.test_merging import DTYPES, assert_same_bits, models, recipe
+from tests.kernel.test_merging import DTYPES, assert_same_bits, models, recipe, scales_of
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,8 @@ class Case:
     rescale: bool
     lambda_: float
     seed: int
+    sampling: Sampling
+    rounding: Rounding = Rounding.NEAREST
 
     def merge(self) -> Tensor:
         recipe_ = recipe(
@@ -78,6 +82,8 @@ class Case:
             rescale=self.rescale,
             lambda_=self.lambda_,
             seed=self.seed,
+            sampling=self.sampling,
+            rounding=self.rounding,
         )
         return merging.merge(self.base, models(self.tuned, self.weights, self.densities), recipe_)
 
@@ -92,8 +98,14 @@ class Case:
             rescale=self.rescale,
             lambda_=self.lambda_,
             seed=self.seed,
-            name="w",
+            scales=self.scales(),
         )
+
+    def scales(self) -> list[float | None] | None:
+        if self.sampling is Sampling.UNIFORM:
+            return None
+        settings = recipe(self.combine, sampling=self.sampling)
+        return scales_of(self.base, self.tuned, self.densities, settings)
 
     @property
     def wide(self) -> torch.dtype:
@@ -170,6 +182,7 @@ def merges(draw: st.DrawFn, values: list[float | str] = SPECIAL) -> Case:
         draw(st.booleans()),
         draw(st.sampled_from([1.0, 0.5, -1.0, 0.0, 2.5])),
         draw(st.integers(-(2**70), 2**70)),
+        draw(st.sampled_from(Sampling)),
     )
 
 
@@ -198,7 +211,8 @@ def test_any_merge(case: Case) -> None:
     base = case.base.double()
     reach = (expected.values - base).abs() + 2 * expected.error  # of the election's losers, too
     for theta, weight, density in zip(case.tuned, case.weights, case.densities, strict=True):
-        rescale = 65536 / max(1, threshold(density)) if case.rescale else 1.0
+        least = 1 if case.sampling is Sampling.MAGNITUDE else max(1, threshold(density))
+        rescale = 65536 / least if case.rescale else 1.0
         delta = torch.where(theta == case.base, 0.0, theta.double() - base)
         if weight and threshold(density):
             factor = abs(weight) * rescale * max(1.0, abs(case.lambda_))
@@ -225,6 +239,7 @@ def test_any_merge(case: Case) -> None:
 @cases(1000)
 @given(merges(values=[]), st.randoms(use_true_random=False))
 def test_any_order_layout_and_chunk(case: Case, random: Any) -> None:
+    case.rounding = random.choice(list(Rounding))
     whole, overflow = attempt(case.merge)
     entries = list(zip(case.tuned, case.weights, case.densities, strict=True))
     random.shuffle(entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -9,11 +10,30 @@ import click
 
 from mergekit_dare import __version__
 
+# Commands that are imported when they are called: they bring mergekit and torch.
+LAZY = {"inspect": ("mergekit_dare.diagnostics.inspect_command", "Measure the deltas of a config.")}
 
-@click.group()
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *LAZY])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        if "--help" in sys.argv and sys.argv[1:2] == ["--help"]:  # the list of all commands
+            return click.Command(cmd_name, help=LAZY[cmd_name][1])
+        command: click.Command = importlib.import_module(LAZY[cmd_name][0]).command
+        return command
+
+
+@click.group(cls=_Commands)
 @click.version_option(__version__, prog_name="mergekit-dare")
 def main() -> None:
     """DARE for mergekit: know before you merge."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character of a config
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command()
@@ -25,7 +45,12 @@ def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
 
     Exit code 0: no errors (warnings and hints may be there); 1: errors; 2: a file is no config.
     """
-    from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
+    from mergekit_dare.diagnostics.config_check import (
+        Finding,
+        Severity,
+        UnusableFileError,
+        check_file,
+    )
 
     code = 0
     findings = []
@@ -33,7 +58,10 @@ def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
         try:
             found = check_file(config, files=files)
         except UnusableFileError as error:
-            click.echo(str(error), err=True)
+            if as_json:
+                findings.append(Finding(Severity.ERROR, config, 1, "", str(error)))
+            else:
+                click.echo(str(error), err=True)
             code = 2
             continue
         findings += found
@@ -47,33 +75,6 @@ def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
         if code == 0 and not findings:
             click.echo("Nothing to find.")
     sys.exit(code)
-
-
-@main.command()
-@click.argument("config")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--plot", "png", metavar="FILE.png", help="Draw deltas and noise; needs matplotlib.")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
-def inspect(config: str, device: str, as_json: bool, png: str | None, quiet: bool) -> None:
-    """Measure the deltas of the models of CONFIG and say whether DARE suits them.
-
-    Every weight is read once, one tensor at a time; nothing is merged. Exit code 0: done;
-    2: the config or a model cannot be used.
-    """
-    from mergekit_dare.diagnostics import inspection
-
-    try:
-        report = inspection.inspect_config(config, device, quiet)
-        if png is not None:
-            inspection.plot(report, png)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        click.echo(f"{config}: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    if as_json:
-        click.echo(json.dumps(inspection.as_json(report), indent=1))
-    else:
-        click.echo(inspection.as_text(report))
 
 
 @main.command()

@@ -132,7 +132,7 @@ def merge(
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     unit = torch.finfo(wide).eps
     theta_0 = base.double()
-    hats = []
+    hats, votes = [], []
     used = [k for k, weight in enumerate(weights) if weight and densities[k]]
     of_t = wide
     if scales is not None and any(
@@ -146,16 +146,20 @@ def merge(
             lanes = lanes_of(mask_key(seed, theta), delta.numel())
             drawn = torch.tensor(lanes).reshape(delta.shape) < t
             factors = weight * 65536 / t if rescale else torch.full_like(t, weight)
-            hats.append(torch.where(drawn & (density > 0), delta * factors, 0.0))
+            kept = drawn & (density > 0)
+            hats.append(torch.where(kept, delta * factors, 0.0))
+            votes.append(torch.where(kept, torch.sign(delta) * math.copysign(1, weight), 0.0))
             continue
         if density == 1:
             mask = torch.ones(delta.shape, dtype=torch.bool)
         else:
-            kept = keep_mask(mask_key(seed, theta), density, delta.numel())
-            mask = torch.tensor(kept, dtype=torch.bool).reshape(delta.shape)
+            kept_ones = keep_mask(mask_key(seed, theta), density, delta.numel())
+            mask = torch.tensor(kept_ones, dtype=torch.bool).reshape(delta.shape)
         met = max(1, round(density * 65536)) / 65536
         factor = weight / met if rescale and density > 0 else weight
-        hats.append(torch.where(mask & (density > 0), delta * factor, 0.0))
+        kept = mask & (density > 0)
+        hats.append(torch.where(kept, delta * factor, 0.0))
+        votes.append(torch.where(kept, torch.sign(delta) * math.copysign(1, weight), 0.0))
     stacked = torch.stack(hats)
     total = stacked.sum(0)
     magnitude = stacked.abs().sum(0)
@@ -167,11 +171,15 @@ def merge(
         doubtful = torch.zeros_like(total, dtype=torch.bool)
     else:
         sign = torch.where(total >= 0, 1.0, -1.0)
-        agrees = torch.sign(stacked) == sign
+        agrees = torch.stack(votes) == sign  # taken before anything is scaled, and underflows
         merged = (stacked * agrees).sum(0)
         divisor = (column * agrees).sum(0)
         divisor[divisor == 0] = 1
-        doubtful = (magnitude > 0) & (total.abs() < 8 * unit * magnitude)
+        info = torch.finfo(wide)
+        nothing = 64 * info.smallest_normal * info.eps
+        doubtful = (torch.stack(votes) != 0).any(0) & (
+            total.abs() < torch.clamp(8 * unit * magnitude, min=nothing)
+        )
     scale = torch.as_tensor(lambda_, dtype=torch.float64)
     if normalize:
         scale = scale / divisor

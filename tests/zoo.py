@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,12 @@ def make_family(
         model.save_pretrained(folder / name, max_shard_size=max_shard_size)
 
 
-def tokenizer(size: int = VOCABULARY, added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer whose words are numbers."""
+def tokenizer(
+    size: int = VOCABULARY, added: tuple[str, ...] = (), order: Sequence[int] | None = None
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer whose words are numbers, in another order if one is given."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(str(n) for n in range(size - 4))]
+    words = [words[index] for index in order or range(size)]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from mergekit.options import MergeOptions
 from transformers.utils import logging
 
 from mergekit_dare.diagnostics import inspection
@@ -50,6 +51,8 @@ def reproduce(settings: Settings, folder: Path, results: Path) -> None:
         models.make_zeros(family, folder)
     middle = models.middle_decoder(families)
     models.train_with_large_deltas(middle, settings, folder)
+    for family in (middle, families[-1]):
+        models.train_gently(family, settings, folder)
 
     rows = merges.rows(families, settings)
     scores = measure.merge_all(families, rows, settings, folder)
@@ -78,7 +81,7 @@ def _inspect(folder: Path, names: list[str], results: Path) -> dict[str, str]:
     }
     path = folder / "inspect.yml"
     path.write_text(yaml.safe_dump(config))
-    found = inspection.inspect_config(str(path), quiet=True)
+    found = inspection.inspect_config(str(path), MergeOptions(quiet=True))
     by_name = {name: found.models[str(folder / name)] for name in names}
     found = inspection.Report(by_name, pairs={})
     inspection.plot(found, str(results / "deltas.png"))

@@ -15,7 +15,7 @@ from mergekit.scripts import run_yaml
 from tqdm import tqdm
 
 from paper import merges, tasks
-from paper.merges import MERGE, Row
+from paper.merges import MERGE, ROUND, Row
 from paper.models import Family, Scores, scores
 from paper.settings import Settings
 
@@ -80,7 +80,7 @@ def merge_all(
 
 def scored(row: Row, family: Family) -> tuple[str, ...]:
     """Return the tasks that a merge is scored on: all, or that of the only model."""
-    return family.tasks if row.study == MERGE else (row.models,)
+    return family.tasks if row.study in (MERGE, ROUND) else (row.models,)
 
 
 def merge(config: dict[str, Any], out: Path) -> None:

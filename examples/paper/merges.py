@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from paper import tasks
-from paper.models import Family, middle_decoder
+from paper.models import GENTLE, Family, middle_decoder
 from paper.settings import Settings
 
 DROP, WEIGHTS, LARGE, MERGE = "drop rates", "weights dropped", "large deltas", "merges"
+ROUND = "rounding"
 DARE, DROP_ONLY, MAGNITUDE = "DARE", "drop only", "magnitude pruning"
+BY_MAGNITUDE = "DARE, sampling by magnitude"
+NEAREST, STOCHASTIC, WIDE = "bfloat16, nearest", "bfloat16, stochastic", "float32"
 WEIGHT_DROP_RATE = 0.1
 NOT_DRAWN = 0  # in place of a seed, where nothing is random
 
@@ -26,9 +29,9 @@ class Row:
         study: What it is a part of.
         family: Whose models.
         models: The fine-tuned models, joined by ``+``.
-        method: How they are merged.
+        method: How they are merged, or for the study of rounding, how they are rounded.
         drop_rate: The paper's p; density is 1 - p.
-        scaling: Factor of the merged delta.
+        scaling: Factor of the merged delta, or for the study of rounding, each model's weight.
         mask_seed: Of what is dropped.
 
     """
@@ -54,11 +57,17 @@ class Row:
 # mergekit's method, and its parameters beside weight, density, lambda and seed.
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     DARE: ("dare_linear", {}),
+    BY_MAGNITUDE: ("dare_linear", {"sampling": "magnitude"}),
     DROP_ONLY: ("dare_linear", {"rescale": False}),
     MAGNITUDE: ("ties", {"normalize": False}),  # of one model: keeps the greatest, elects nothing
     "DARE-linear, sum": ("dare_linear", {}),
     "DARE-linear, average": ("dare_linear", {"normalize": True}),
     "DARE-TIES": ("dare_ties", {}),
+    "DARE-linear, sum, by magnitude": ("dare_linear", {"sampling": "magnitude"}),
+    "DARE-TIES, by magnitude": ("dare_ties", {"sampling": "magnitude"}),
+    NEAREST: ("dare_linear", {}),
+    STOCHASTIC: ("dare_linear", {"rounding": "stochastic"}),
+    WIDE: ("dare_linear", {}),
     "task arithmetic": ("task_arithmetic", {}),
     "TIES": ("ties", {}),
     "average of weights": ("linear", {}),
@@ -69,16 +78,23 @@ def config_of(row: Row, folder: Path) -> dict[str, Any]:
     """Return a row's config; ``folder`` holds the family's models."""
     method, shared = _METHODS[row.method]
     per_model: dict[str, Any] = {"weight": 1.0}
-    if method != "linear":
+    if row.study == ROUND:
+        per_model["weight"] = row.scaling
+    elif method != "linear":
         shared = shared | {"lambda": row.scaling}
     if method not in ("linear", "task_arithmetic"):
         per_model["density"] = round(1 - row.drop_rate, 6)
     if method.startswith("dare"):
         shared = shared | {"seed": row.mask_seed}
-    models = [{"model": str(folder / name), "parameters": per_model} for name in row.names]
-    config: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "float32"}
+    kind = f"{GENTLE}-" if row.study == ROUND else ""
+    models = [
+        {"model": str(folder / f"{kind}{name}"), "parameters": per_model} for name in row.names
+    ]
+    dtype = "bfloat16" if row.method in (NEAREST, STOCHASTIC) else "float32"
+    config: dict[str, Any] = {"merge_method": method, "models": models, "dtype": dtype}
     if method != "linear":
-        config["base_model"] = str(folder / ("zeros" if row.study == WEIGHTS else "base"))
+        base = "zeros" if row.study == WEIGHTS else f"{kind}base"
+        config["base_model"] = str(folder / base)
     if shared:
         config["parameters"] = shared
     return config
@@ -95,7 +111,12 @@ def rows(families: Sequence[Family], settings: Settings) -> list[Row]:
     encoder = families[-1]
     middle = middle_decoder(families)
     return [
-        *(row for family in families for row in _drop_rates(family, settings, DARE)),
+        *(
+            row
+            for family in families
+            for method in (DARE, BY_MAGNITUDE)
+            for row in _drop_rates(family, settings, method)
+        ),
         *(
             row
             for family in (middle, encoder)
@@ -109,11 +130,31 @@ def rows(families: Sequence[Family], settings: Settings) -> list[Row]:
             for seed in settings.seeds
         ),
         *(
-            Row(LARGE, middle.name, tasks.OTHER_TASK, DARE, drop_rate, 1.0, seed)
+            Row(LARGE, middle.name, tasks.OTHER_TASK, method, drop_rate, 1.0, seed)
+            for method in (DARE, BY_MAGNITUDE)
             for drop_rate, seed in _dropping(settings, settings.seeds)
         ),
         *(row for family in (middle, encoder) for row in _several(family, settings)),
+        *(row for family in (middle, encoder) for row in _rounded(family, settings)),
     ]
+
+
+DRAWN = (
+    "DARE-linear, sum",
+    "DARE-linear, sum, by magnitude",
+    "DARE-TIES",
+    "DARE-TIES, by magnitude",
+)
+
+
+def _rounded(family: Family, settings: Settings) -> Iterator[Row]:
+    """Merge the three gently fine-tuned models, and round in three ways."""
+    for drop_rate, weight in itertools.product(settings.drop_rates_rounded, settings.weights):
+        for method in (WIDE, NEAREST, STOCHASTIC):
+            for seed in settings.seeds:
+                yield Row(
+                    ROUND, family.name, "+".join(family.tasks), method, drop_rate, weight, seed
+                )
 
 
 def _drop_rates(family: Family, settings: Settings, method: str) -> Iterator[Row]:
@@ -144,7 +185,7 @@ def _several(family: Family, settings: Settings) -> Iterator[Row]:
             yield row("task arithmetic", 1.0, scaling, NOT_DRAWN)
             for density in settings.densities:
                 yield row("TIES", density, scaling, NOT_DRAWN)
-                for method in ("DARE-linear, sum", "DARE-TIES"):
+                for method in DRAWN:
                     for seed in settings.seeds:
                         yield row(method, density, scaling, seed)
         for density, seed in itertools.product(settings.densities, settings.seeds):

@@ -24,6 +24,7 @@ from paper import tasks
 from paper.settings import Settings, Training
 from paper.tasks import Batch
 
+GENTLE = "gentle"  # what models of the study of rounding are named with
 DrawBatch = Callable[..., Batch]
 Scores = dict[str, float]
 
@@ -116,6 +117,19 @@ def train_with_large_deltas(family: Family, settings: Settings, folder: Path) ->
         model = family.load(models / "base")
         training = settings.pretrained_on
         _train(model, family, [tasks.OTHER_TASK], training, settings, tuned, right=1.0)
+
+
+def train_gently(family: Family, settings: Settings, folder: Path) -> None:
+    """Fine-tune so little that bfloat16 hardly shows it; save all in bfloat16, the base, too."""
+    models = folder / family.name
+    if not (models / f"{GENTLE}-base").exists():
+        save(family.load(models / "base").to(torch.bfloat16), models / f"{GENTLE}-base")
+    for task in family.tasks:
+        tuned = models / f"{GENTLE}-{task}"
+        if not tuned.exists():
+            model = family.load(models / f"{GENTLE}-base")
+            _train(model, family, [task], settings.gently, settings, tuned, right=1.0)
+            save(family.load(tuned).to(torch.bfloat16), tuned)
 
 
 def make_zeros(family: Family, folder: Path) -> None:

@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 
 from paper import merges, tasks
 from paper.measure import Results
-from paper.merges import DARE, DROP, DROP_ONLY, LARGE, MAGNITUDE, MERGE, WEIGHTS, Row
+from paper.merges import (
+    BY_MAGNITUDE,
+    DARE,
+    DROP,
+    DROP_ONLY,
+    LARGE,
+    MAGNITUDE,
+    MERGE,
+    ROUND,
+    WEIGHTS,
+    Row,
+)
 from paper.models import Family, Scores, middle_decoder
 from paper.settings import Settings
 
@@ -128,6 +139,7 @@ def summary(measured: Measured, verdicts: dict[str, str]) -> str:
         _weights_table(measured),
         _large_table(measured, verdicts),
         _merge_table(measured),
+        _rounding_table(measured),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -147,7 +159,7 @@ def _drop_table(measured: Measured) -> str:
     lines = []
     for family in measured.families:
         base = measured.base_score(family.name, family.tasks)
-        for method in (DARE, DROP_ONLY, MAGNITUDE):
+        for method in (DARE, BY_MAGNITUDE, DROP_ONLY, MAGNITUDE):
             if curve := measured.drop_curve(family.name, method):
                 cells = [_cell(curve[rate]) for rate in measured.settings.drop_rates]
                 lines.append([family.name, method, f"{base:.1f}", *cells])
@@ -204,16 +216,24 @@ def _large_table(measured: Measured, verdicts: dict[str, str]) -> str:
         rows = [
             r for r in measured.rows if (r.study, r.family, r.models) == (study, family.name, name)
         ]
-        rows = [row for row in rows if row.method == DARE]
         whole, base = (measured.own(family.name, m, name) for m in (name, "base"))
-        cells = [
-            _cell(measured.over_seeds([row for row in rows if row.drop_rate == rate]))
-            for rate in measured.settings.drop_rates
-            if rate
-        ]
-        lines.append([name, verdict, f"{base:.1f}", f"{whole:.1f}", *cells])
+        for method in (DARE, BY_MAGNITUDE):
+            of_method = [row for row in rows if row.method == method]
+            cells = [
+                _cell(measured.over_seeds([row for row in of_method if row.drop_rate == rate]))
+                for rate in measured.settings.drop_rates
+                if rate
+            ]
+            lines.append([name, verdict, method, f"{base:.1f}", f"{whole:.1f}", *cells])
     rates = [f"p = {rate:g}" for rate in measured.settings.drop_rates if rate]
-    head = ["fine-tuned on", "verdict of `mergekit-dare inspect`", "base", "p = 0", *rates]
+    head = [
+        "fine-tuned on",
+        "verdict of `mergekit-dare inspect`",
+        "method",
+        "base",
+        "p = 0",
+        *rates,
+    ]
     return (
         f"Models of {family.name} with small deltas, and one ({tasks.OTHER_TASK}) trained on with "
         "a high learning rate and other data:\n\n" + _table(head, lines)
@@ -247,6 +267,26 @@ def _merge_table(measured: Measured) -> str:
     )
 
 
+def _rounding_table(measured: Measured) -> str:
+    lines = []
+    weights = measured.settings.weights
+    for family in (measured.middle, measured.encoder):
+        base = measured.base_score(family.name, family.tasks)
+        rows = [r for r in measured.rows if (r.study, r.family) == (ROUND, family.name)]
+        for drop_rate, method in dict.fromkeys((row.drop_rate, row.method) for row in rows):
+            of_line = [r for r in rows if (r.drop_rate, r.method) == (drop_rate, method)]
+            cells = [
+                _cell(measured.over_seeds([row for row in of_line if row.scaling == weight]))
+                for weight in weights
+            ]
+            lines.append([family.name, f"{drop_rate:g}", method, f"{base:.1f}", *cells])
+    head = ["model", "drop rate", "dtype, rounding", "base", *(f"weight {w:g}" for w in weights)]
+    return (
+        "Three models fine-tuned so gently that their deltas are about a unit in the last place of "
+        "bfloat16, merged by DARE-linear: mean score on the three tasks:\n\n" + _table(head, lines)
+    )
+
+
 def _is_merge(row: Row, family: Family) -> bool:
     return row.study == MERGE and row.family == family.name
 
@@ -269,7 +309,7 @@ def _plot_drop_rates(measured: Measured, path: Path) -> None:
     for axes, family in zip(
         figure.subplots(1, 2, sharey=True), (measured.middle, measured.encoder), strict=True
     ):
-        for number, method in enumerate((DARE, DROP_ONLY, MAGNITUDE)):
+        for number, method in enumerate((DARE, DROP_ONLY, MAGNITUDE, BY_MAGNITUDE)):
             _line(axes, measured.drop_curve(family.name, method), method, f"C{number}")
         base = measured.base_score(family.name, family.tasks)
         axes.axhline(base, color="gray", linestyle=":", label="base")

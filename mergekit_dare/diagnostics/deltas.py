@@ -300,12 +300,37 @@ def noise_factor(density: float) -> float:
     return math.inf if density <= 0 else math.sqrt((1 - density) / density)
 
 
+def magnitude_noise(statistics: DeltaStatistics, density: float) -> float:
+    """Return the sum of the variances that sampling by magnitude gives the deltas.
+
+    With pi = min(1, c |delta|), it is the sum of |delta| / c - delta**2 over those with pi < 1. It
+    is made from the histogram, so it is exact to 1 %.
+    """
+    edges = bin_edges()
+    used = torch.nonzero(statistics.histogram[1:]).flatten().flip(0) + 1  # the largest first
+    counts = statistics.histogram[used].double()
+    sizes = (edges[used] + edges[used + 1]) / 2
+    wanted = density * statistics.count
+    if density <= 0:
+        return math.inf
+    if float(counts.sum()) <= wanted or not len(used):
+        return 0.0
+    # With the k largest bins kept for certain, c shares out what is left among the others.
+    certain = counts.cumsum(0) - counts
+    rest = (counts * sizes).flip(0).cumsum(0).flip(0)
+    c = (wanted - certain) / rest
+    first = int(torch.nonzero((c * sizes <= 1) & (c > 0))[0])
+    counts, sizes = counts[first:], sizes[first:]
+    return float((counts * (sizes / c[first] - sizes**2)).sum().clamp(min=0))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the deltas of a model say about DARE.
 
     Attributes:
-        kind: ``small``, ``medium``, ``large``, ``wrong base``, ``no change`` or ``not finite``.
+        kind: ``small``, ``medium``, ``large``, ``wrong base``, ``no change``, ``not finite`` or
+            ``not compared``.
         sentence: The verdict in words, with its figures.
         density: A density to start from.
         reason: Why that density.
@@ -329,6 +354,13 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
     typical = statistics.quantile(0.99)
     norm = statistics.relative_norm
     figures = f"99 % of |delta| within {typical:.2g}, relative norm {norm:.2g}"
+    if not statistics.count and not statistics.non_finite:
+        return Verdict(
+            "not compared",
+            "no tensor of it could be compared with the base",
+            1.0,
+            "see below why; it may be of another architecture, or have another base",
+        )
     if statistics.non_finite:
         return Verdict(
             "not finite",
@@ -340,7 +372,7 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
         return Verdict("no change", "the model equals the base", 1.0, "there is nothing to drop")
     norms = sorted(other.relative_norm for other in others)
     median = norms[len(norms) // 2] if norms else math.nan
-    odd = norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
+    odd = median > 0 and norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
     compared = f", {norm / median:.0f} times that of the other models" if odd else ""
     low, high = UNRELATED_UNDOING
     unrelated = norm > UNRELATED_NORM and low < statistics.undoing < high

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -16,9 +19,11 @@ from mergekit_dare.plugin import autoload, registration
 
 STARTUP_FILE = "mergekit_dare.pth"
 # Printed by the interpreter that is asked: each method's name and the module that it comes from.
+_MARK = "mergekit-dare doctor:"
 _PROBE = (
     "import mergekit.merge_methods as m; "
-    f"print(*(f'{{n}}={{type(m.get(n)).__module__}}' for n in {registration.OURS!r}))"
+    f"print({_MARK!r}, *(f'{{n}}={{type(m.get(n)).__module__}}' for n in {registration.OURS!r}), "
+    "flush=True)"
 )
 
 
@@ -47,7 +52,7 @@ def examine() -> list[Line]:
         _mergekit(),
         _switch(),
         _startup_file(),
-        _active("this interpreter", [sys.executable]),
+        _active(),
         _command(),
     ]
 
@@ -84,39 +89,83 @@ def _startup_file() -> Line:
     except PackageNotFoundError:
         return Line(name, "none: this copy was not installed by pip", remedy)
     for file in files:
-        if file.name == STARTUP_FILE and Path(str(file.locate())).exists():
-            return Line(name, str(file.locate()))
+        path = Path(str(file.locate()))
+        if file.name == STARTUP_FILE and path.exists():
+            if path.parent.resolve() in _site_folders():
+                return Line(name, str(path))
+            return Line(name, f"{path}: Python reads no start-up files in that folder", remedy)
     return Line(name, "none", f"{remedy} (start-up files do not work with pip install --target)")
 
 
-def _active(name: str, python: list[str]) -> Line:
+def _site_folders() -> set[Path]:
+    """Return the folders in which this Python looks for start-up files."""
+    folders = [*site.getsitepackages(), *site.PREFIXES, sysconfig.get_paths()["purelib"]]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return {Path(folder).resolve() for folder in folders}
+
+
+def _active() -> Line:
     """Ask a fresh process, since this one may have registered our methods by itself."""
-    try:
-        asked = subprocess.run(
-            [*python, "-c", _PROBE], capture_output=True, text=True, check=False, timeout=120
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Line(name, f"cannot be asked: {error}", f"See why {python[0]} does not run.")
-    if asked.returncode != 0:
-        last = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return Line(name, f"cannot import mergekit: {last}", "Install mergekit there.")
-    methods = dict(word.split("=", 1) for word in asked.stdout.split())
-    theirs = [n for n in registration.OURS if not methods.get(n, "").startswith("mergekit_dare")]
-    if theirs:
-        remedy = f"Install mergekit-dare there: {python[0]} -m pip install mergekit-dare"
-        if python[0] == sys.executable:
-            remedy = "Mend the lines above."
-        return Line(name, f"{' and '.join(theirs)}: mergekit's own", remedy)
-    return Line(name, f"{' and '.join(registration.OURS)}: ours")
+    asked = _ask([sys.executable, "-c", _PROBE])
+    return _answer("this interpreter", asked, "Mend the lines above.")
 
 
 def _command() -> Line:
-    """Ask the interpreter that runs the ``mergekit-yaml`` of the PATH."""
-    found = shutil.which("mergekit-yaml")
+    """Ask the interpreter that runs the ``mergekit-yaml`` of the PATH, or the one beside ours."""
+    name = "mergekit-yaml"
+    found = shutil.which(name)
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None and beside is None:
+        return Line(name, "not on the PATH", f"Put {Path(sys.executable).parent} on the PATH.")
+    script = found or beside
+    assert script is not None
+    remedy = "Install mergekit-dare into the environment of that command."
+    line = _answer(f"{name} ({script})", _ask_command(script), remedy)
     if found is None:
-        remedy = f"Put {Path(sys.executable).parent} on the PATH."
-        return Line("mergekit-yaml", "not on the PATH", remedy)
-    with open(found, "rb") as script:
-        first = script.readline().decode(errors="replace").strip()
-    python = first.removeprefix("#!").split() if first.startswith("#!") else [sys.executable]
-    return _active(f"mergekit-yaml ({found})", python)
+        return Line(line.name, f"{line.found} (not on the PATH: call it so)", line.remedy)
+    return line
+
+
+def _ask_command(script: str) -> subprocess.CompletedProcess[str] | str:
+    """Run a command up to the point at which its Python has started, whatever starts it.
+
+    Shells, trampolines and shims come in too many kinds to be read. Each of them starts Python, and
+    Python imports ``sitecustomize`` right after the start-up files: one of ours, which answers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"import os\ntry:\n    {_PROBE}\nfinally:\n    os._exit(0)\n"
+        Path(folder, "sitecustomize.py").write_text(program, encoding="utf-8")
+        return _ask([script, "--help"], PYTHONPATH=folder, PYTHONSTARTUP="")
+
+
+def _ask(command: list[str], **variables: str) -> subprocess.CompletedProcess[str] | str:
+    """Run a command in a folder without modules; return why, if it cannot be run."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=120,
+                cwd=folder,
+                env=os.environ | variables,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+
+
+def _answer(name: str, asked: subprocess.CompletedProcess[str] | str, remedy: str) -> Line:
+    if isinstance(asked, str):
+        return Line(name, f"cannot be asked: {asked}", "See why it does not run.")
+    answers = [line for line in asked.stdout.splitlines() if line.startswith(_MARK)]
+    if not answers:
+        last = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return Line(name, f"cannot import mergekit: {last}", "Install mergekit there.")
+    methods = dict(word.split("=", 1) for word in answers[-1].removeprefix(_MARK).split())
+    theirs = [n for n in registration.OURS if not methods.get(n, "").startswith("mergekit_dare")]
+    if theirs:
+        return Line(name, f"{' and '.join(theirs)}: mergekit's own", remedy)
+    return Line(name, f"{' and '.join(registration.OURS)}: ours")

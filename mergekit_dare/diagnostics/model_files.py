@@ -6,108 +6,138 @@ mergekit ends with a traceback when it meets a damaged file, but some of them do
 from __future__ import annotations
 
 import json
+import stat
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-Shape = tuple[int, ...]
+import safetensors
 
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+from mergekit_dare.diagnostics.findings import cut
+from mergekit_dare.plugin import quantization
+
+_LARGEST_JSON = 256 << 20
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype: As safetensors names it.
+        shape: As torch has it.
+
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
 class ModelFiles:
     """What the files of a model say of themselves.
 
     Attributes:
         problems: One sentence for each, with the file's name.
-        shapes: Of each tensor that is stored in safetensors, by name.
+        tensors: Those that are stored in safetensors, by name.
+        config: The content of config.json, if there is one.
 
     """
 
     problems: list[str] = field(default_factory=list)
-    shapes: dict[str, Shape] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def examine(path: Path) -> ModelFiles:
     """Look at a model's folder, or at a single file as ``mergekit-pytorch`` takes it."""
     found = ModelFiles()
-    if path.is_file():
-        _examine_weights(path, found)
-        return found
-    if not path.is_dir():
-        found.problems.append(f"there is no folder {path}")
-        return found
-    if _read_json(path / "config.json", found) is not None:
-        for file in _weight_files(path, found):
-            _examine_weights(file, found)
+    try:
+        if path.is_dir():
+            _examine_folder(path, found)
+        elif path.exists():
+            _examine_weights(path, found)
+        else:
+            found.problems.append(f"there is no folder {cut(str(path))}")
+    except (OSError, ValueError, RecursionError) as error:  # a name too long, a NUL in it
+        found.problems.append(f"{cut(str(path))} cannot be read: {cut(str(error))}")
+    dtypes = {name: tensor.dtype for name, tensor in found.tensors.items()}
+    if not found.problems and (kind := quantization.kind(found.config, dtypes)) is not None:
+        found.problems.append(
+            f"{cut(str(path))} is quantized ({kind}): a merge would take its codes for weights; "
+            "dequantize it first, or take the model that it was made from"
+        )
     return found
 
 
-def compare(base: ModelFiles, tuned: ModelFiles, name: str, *, aligns_tokens: bool) -> list[str]:
-    """Return what keeps a fine-tuned model from being merged with the base.
+def examine_adapter(path: Path) -> list[str]:
+    """Say what is wrong with an adapter's folder."""
+    if not path.is_dir():
+        return [f"there is no folder {cut(str(path))}, the adapter"]
+    if not (path / "adapter_config.json").is_file():
+        return [f"{path} is no adapter: it has no adapter_config.json"]
+    return []
 
-    Args:
-        base: The base model's files.
-        tuned: The fine-tuned model's.
-        name: The fine-tuned model's name, for the sentences.
-        aligns_tokens: Whether mergekit aligns vocabularies, so that numbers of rows may differ.
 
-    """
-    if not base.shapes or not tuned.shapes:  # pickled: names are not known
-        return []
-    problems = []
-    missing = [key for key in base.shapes if key not in tuned.shapes and "lm_head" not in key]
-    if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        problems.append(f"tensor {missing[0]}{more} of the base model is missing in {name}")
-    for key, shape in base.shapes.items():
-        other = tuned.shapes.get(key, shape)
-        rows_only = len(shape) == len(other) and shape[1:] == other[1:]
-        if other != shape and not (rows_only and aligns_tokens):
-            hint = "; if it is the vocabulary, set tokenizer_source: base" if rows_only else ""
-            problems.append(f"tensor {key} is {other} in {name}, {shape} in the base model{hint}")
-            break
-    return problems
+def _examine_folder(folder: Path, found: ModelFiles) -> None:
+    config = _read_json(folder / "config.json", found)
+    if isinstance(config, dict):
+        found.config = config
+    elif not found.problems:
+        found.problems.append(f"{folder / 'config.json'} holds no settings: it is no mapping")
+    for file in _weight_files(folder, found):
+        _examine_weights(file, found)
 
 
 def _read_json(file: Path, found: ModelFiles) -> object:
     """Return the content, or ``None`` with a problem noted."""
     try:
+        if file.exists() and not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError("it is no file")
+        if file.exists() and file.stat().st_size > _LARGEST_JSON:
+            raise ValueError("it is too large")
         content: object = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found.problems.append(f"{file} is missing")
-    except (OSError, ValueError) as error:
-        found.problems.append(f"{file} cannot be read as JSON: {error}")
+        found.problems.append(f"{cut(str(file))} is missing")
+    except (OSError, ValueError, RecursionError) as error:
+        found.problems.append(f"{cut(str(file))} cannot be read as JSON: {cut(str(error))}")
     else:
         return content
     return None
 
 
 def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
-    """Return the files that hold the weights, safetensors before pickled ones, as mergekit does."""
+    """Return the files that hold the weights, in the order in which mergekit looks for them.
+
+    Safetensors come before pickled files, and an index before the file that it may stand beside.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if whole.exists():
-            return [whole]
-        if not index.exists():
+        if not index.exists() and not whole.exists():
             continue
+        if not index.exists():
+            return [whole]
         content = _read_json(index, found)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             found.problems.append(f"{index} has no weight_map")
             return []
-        files = [folder / str(name) for name in dict.fromkeys(weight_map.values())]
-        for file in files:
-            if not file.exists():
-                found.problems.append(f"{file} is missing, which {index} names")
-        return [file for file in files if file.exists()]
+        names = dict.fromkeys(map(str, weight_map.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            file = cut(str(folder / missing[0]))
+            found.problems.append(f"{file}{more} is missing, which {index} names")
+        return [folder / name for name in names if name not in missing]
     found.problems.append(f"{folder} has no weights: neither model.safetensors nor an index")
     return []
 
 
 def _examine_weights(file: Path, found: ModelFiles) -> None:
-    if file.suffix == ".safetensors":
+    if not stat.S_ISREG(file.stat().st_mode):
+        found.problems.append(f"{cut(str(file))} is no file")
+    elif file.suffix == ".safetensors":
         _examine_safetensors(file, found)
     elif not zipfile.is_zipfile(file) and _start(file) != b"\x80":  # neither new nor old torch.save
         found.problems.append(f"{file} is cut off or damaged: torch cannot load it")
@@ -119,22 +149,34 @@ def _start(file: Path) -> bytes:
 
 
 def _examine_safetensors(file: Path, found: ModelFiles) -> None:
+    """Let safetensors itself read the header; it checks every offset, and reads no weight."""
+    tensors = {}
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                part = opened.get_slice(name)
+                tensors[name] = Stored(part.get_dtype(), tuple(part.get_shape()))
+    except Exception as error:  # safetensors has an exception type of its own, which is no OSError
+        what = _size_problem(file) or f"is damaged: its header cannot be read ({cut(str(error))})"
+        found.problems.append(f"{file} {what}")
+        return
+    if not tensors:
+        found.problems.append(f"{file} holds no tensors")
+    found.tensors.update(tensors)
+
+
+def _size_problem(file: Path) -> str | None:
+    """Say that a file is cut off or too long, if its header can be read at all."""
     size = file.stat().st_size
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-                raise ValueError(f"its length is given as {length} bytes")
-            header = json.loads(opened.read(length))
-        tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-        shapes = {key: tuple(value["shape"]) for key, value in tensors.items()}
-        end = max((int(value["data_offsets"][1]) for value in tensors.values()), default=0)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        found.problems.append(f"{file} is damaged: its header cannot be read ({error})")
-        return
-    if size != 8 + length + end:
-        what = "is cut off" if size < 8 + length + end else "has too much at its end"
-        found.problems.append(
-            f"{file} {what}: it has {size} bytes, its header speaks of {8 + length + end}"
-        )
-    found.shapes.update(shapes)
+            header = json.loads(opened.read(min(length, size)))
+        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
+        return None
+    if size == whole:
+        return None
+    what = "is cut off" if size < whole else "has too much at its end"
+    return f"{what}: it has {size} bytes, its header speaks of {whole}"

@@ -24,13 +24,12 @@ from mergekit_dare.kernel.masks import (
     threshold,
 )
 from mergekit_dare.kernel.rounding import NARROW, Rounding
-from mergekit_dare.kernel.sampling import Sampling, magnitude_scale
+from mergekit_dare.kernel.sampling import GREATEST_FOR_FLOAT32, Sampling, magnitude_scale
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
 # Numbers beyond these make float32 products under- or overflow whose quotients need not: then the
 # arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
-_GREATEST_SCALE = 2.0**100
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +299,7 @@ def _work_dtype(theta_0: Tensor, terms: Sequence[Term], recipe: Recipe) -> torch
     """
     numbers = [recipe.lambda_, *(number for term in terms for number in term.numbers())]
     outside = any(n and not _LEAST_FACTOR <= abs(n) <= _GREATEST_FACTOR for n in numbers)
-    if outside or any(term.scale > _GREATEST_SCALE for term in terms):
+    if outside or any(term.scale > GREATEST_FOR_FLOAT32 for term in terms):
         return torch.float64
     return _wide_dtype(theta_0, *(term.theta for term in terms))
 

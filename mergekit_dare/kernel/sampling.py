@@ -42,8 +42,8 @@ TOLERANCE = 0.0005
 _PIECE = 1 << 18  # elements of a whole tensor that are looked at together
 _MOST_STEPS = 60
 _FINE = 1 << 24
-# c of smaller deltas is beyond float32's range.
-_SMALLEST_FOR_FLOAT32 = 2.0**-84
+# Greater c need float64.
+GREATEST_FOR_FLOAT32 = 2.0**100
 _POSITIONS_KEY = 0x6D65726765  # any number will do
 
 
@@ -160,7 +160,7 @@ class _Sample:
         )
 
     def _t(self, magnitudes: Tensor, scale: float, most: int) -> Tensor:
-        if self.largest < _SMALLEST_FOR_FLOAT32:
+        if scale > GREATEST_FOR_FLOAT32:
             magnitudes = magnitudes.double()
         t = (magnitudes * scale).ceil_()
         return t if self.largest * scale < most - 1 else t.clamp_(max=most)

@@ -32,7 +32,7 @@ from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
-from mergekit_dare.plugin import registration
+from mergekit_dare.plugin import quantization, registration
 
 # The parameters that take one of a few words.
 WORDS: dict[str, type[Enum]] = {"sampling": Sampling, "rounding": Rounding}
@@ -151,7 +151,7 @@ class DareMethod(GroupMergeMethod):
         """Check the models that go into one tensor.
 
         Raises:
-            ValueError: there is no base model, or a model is listed twice.
+            ValueError: there is no base model, a model is listed twice, or is quantized.
 
         """
         if base_id is None:
@@ -161,6 +161,7 @@ class DareMethod(GroupMergeMethod):
                 "models were trained from"
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
+        quantization.refuse(input_ids)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor of the base and the fine-tuned models.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from mergekit_dare.cli import main
 from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
-from tests.running import PROJECT
+from tests.running import PROJECT, run_command
 
 ERROR, WARNING, HINT = Severity.ERROR, Severity.WARNING, Severity.HINT
 
@@ -56,10 +57,108 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
     ),
     "parameter at the top level": (
         "dtype: bfloat16",
-        "int8_mask: true",
+        "rescale: true",
         ERROR,
+        "rescale: true",
+        "rescale has no effect at the top level; put it under parameters:",
+    ),
+    "int8_mask at the top level": (
+        "dtype: bfloat16",
         "int8_mask: true",
-        "int8_mask has no effect at the top level; put it under parameters:",
+        HINT,
+        "int8_mask: true",
+        "int8_mask has no effect: no mask is stored",
+    ),
+    "sampling misspelt": (
+        "seed: 42",
+        "seed: 42\n  sampling: magnitud",
+        ERROR,
+        "sampling: magnitud",
+        "sampling is 'magnitud', but must be uniform or magnitude; did you mean magnitude?",
+    ),
+    "rounding misspelt": (
+        "seed: 42",
+        "seed: 42\n  rounding: up",
+        ERROR,
+        "rounding: up",
+        "rounding is 'up', but must be nearest or stochastic",
+    ),
+    "stochastic rounding before another rounding": (
+        "seed: 42\ndtype: bfloat16",
+        "seed: 42\n  rounding: stochastic\ndtype: float32\nout_dtype: bfloat16",
+        WARNING,
+        "rounding: stochastic",
+        "mergekit rounds to out_dtype: bfloat16 after the merge, to nearest",
+    ),
+    "stochastic rounding of float32": (
+        "seed: 42\ndtype: bfloat16",
+        "seed: 42\n  rounding: stochastic\ndtype: float32",
+        WARNING,
+        "rounding: stochastic",
+        "stochastic rounding has no effect in float32",
+    ),
+    "out_dtype that overflows": (
+        "dtype: bfloat16",
+        "dtype: float32\nout_dtype: float16",
+        WARNING,
+        "out_dtype: float16",
+        "numbers above 65504 become infinite without a word",
+    ),
+    "dtype that is none": (
+        "dtype: bfloat16",
+        "dtype: bf16",
+        ERROR,
+        "dtype: bf16",
+        'mergekit refuses this: Unimplemented dtype "bf16"',
+    ),
+    "chat template that is none": (
+        "dtype: bfloat16",
+        "chat_template: chatml3",
+        ERROR,
+        "chat_template: chatml3",
+        "mergekit refuses this: Invalid chat template: chatml3",
+    ),
+    "two settings of the tokenizer": (
+        "dtype: bfloat16",
+        "tokenizer: {source: base}\ntokenizer_source: base",
+        ERROR,
+        "tokenizer: {source: base}",
+        "Cannot specify both tokenizer_source and tokenizer",
+    ),
+    "parameter without a value": (
+        "density: 0.3\n  -",
+        "density:\n  -",
+        ERROR,
+        "density:",
+        "density has no value; give one, or remove the line",
+    ),
+    "filter that is a list": (
+        "filter: mlp",
+        "filter: [mlp, attn]",
+        ERROR,
+        "- filter: [mlp, attn]",
+        "mergekit refuses models.1.parameters.density",
+    ),
+    "gradient of the seed": (
+        "seed: 42",
+        "seed: [1, 2]",
+        ERROR,
+        "seed: [1, 2]",
+        "seed is a whole number, and a gradient is interpolated between the layers",
+    ),
+    "model that cannot be parsed": (
+        "- model: ./code",
+        "- model: ./c++/code",
+        ERROR,
+        "- model: ./c++/code",
+        "./c++/code is no model that mergekit can parse",
+    ),
+    "model listed twice in another form": (
+        "- model: ./code",
+        "- model: {model: {path: ./math}}",
+        ERROR,
+        "- model: {model: {path: ./math}}",
+        "./math is listed twice; mergekit refuses that",
     ),
     "weight outside parameters": (
         "    parameters:\n      weight: 0.5",
@@ -262,7 +361,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "",
         ERROR,
         "merge_method: dare_ties",
-        "needs one of models, slices, modules; has none",
+        "Exactly one of 'models', 'slices', or 'modules' must be present",
     ),
     "no density": (
         CLEAN[CLEAN.index("      density:\n") : CLEAN.index("parameters:\n  normalize")],
@@ -460,3 +559,150 @@ def test_our_examples_are_clean() -> None:
     assert examples
     result = CliRunner().invoke(main, ["check", *examples])
     assert (result.exit_code, result.output) == (0, "Nothing to find.\n")
+
+
+WHOLE = CLEAN.replace("[0.2, 0.8]", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [("1.0", "density is 1 everywhere, so nothing"), ("0", "density is 0 everywhere, so all is")],
+)
+def test_densities_that_are_the_same_everywhere(density: str, message: str, tmp_path: Path) -> None:
+    start = WHOLE.index("      density:\n")
+    text = (
+        WHOLE[:start] + f"      density: {density}\n" + WHOLE[WHOLE.index("parameters:\n  nor") :]
+    )
+    assert check_file(write(tmp_path, text)) == []  # of the other model, 0.3 is kept
+    (finding,) = check_file(write(tmp_path, text.replace("0.3", density)))
+    assert finding.severity is WARNING
+    assert message in finding.message
+
+
+def test_lists_that_are_none(tmp_path: Path) -> None:
+    bare = CLEAN.replace("  - model: ./math", "  - ./other\n  - model: ./math")
+    (finding,) = [f for f in check_file(write(tmp_path, bare)) if f.severity is ERROR]
+    assert finding.message == "an entry of models is a mapping: write - model: ./other"
+    without_dash = (
+        "merge_method: dare_ties\nbase_model: ./base\nmodels:\n  model: ./math\n"
+        "  parameters: {weight: 1, density: 0.5}\nparameters: {seed: 1}\n"
+    )
+    (finding,) = [f for f in check_file(write(tmp_path, without_dash)) if f.severity is ERROR]
+    assert finding.message == "models is a list: write - model: with a dash"
+
+
+OF_BASE = "      - model: ./base\n        layer_range: [0, 2]\n"
+OF_MATH = "      - model: ./math\n        layer_range: [0, 2]\n    parameters"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (OF_MATH, OF_MATH.replace("[0, 2]", "[0, 1]"), "all sources of a slice need the same"),
+        (OF_MATH, OF_MATH.replace("        layer_range: [0, 2]\n", ""), "layer_range is missing"),
+        (OF_MATH, OF_MATH.replace("[0, 2]", "[2]"), "is [2], but must be [FIRST, LAST + 1]"),
+        (OF_MATH, OF_MATH.replace("[0, 2]", "[2, 0]"), "ends before it begins"),
+        ("[0, 2]", "[2, 2]", "no slice has a layer, so the model has none"),
+        (OF_BASE + OF_MATH, OF_MATH, "Base input is not present in merge inputs for config.slices"),
+    ],
+)
+def test_slices_that_do_not_fit(before: str, after: str, message: str, tmp_path: Path) -> None:
+    text = SLICES.replace("density: 2", "density: 0.2").replace(before, after)
+    findings = check_file(write(tmp_path, text))
+    assert [finding for finding in findings if message in finding.message], findings
+
+
+def test_a_slice_of_the_base_alone(tmp_path: Path) -> None:
+    """As to keep some layers, or a vision tower, as they are."""
+    start = SLICES.index("      - model: ./math\n        layer_range: [0, 2]\n    parameters")
+    end = SLICES.index("    parameters:\n      weight")
+    text = (SLICES[:start] + SLICES[end:]).replace("density: 2", "density: 0.2")
+    assert check_file(write(tmp_path, text)) == []
+
+
+def test_other_commands(tmp_path: Path) -> None:
+    moe = "base_model: ./b\ngate_mode: random\nexperts:\n  - source_model: ./a\n"
+    evolve = "genome:\n  models: [./a, ./b]\n  merge_method: dare_ties\ntasks:\n  - name: x\n"
+    for text, command in ((moe, "mergekit-moe"), (evolve, "mergekit-evolve")):
+        (finding,) = check_file(write(tmp_path, text))
+        assert f"this config is for {command}" in finding.message
+
+
+def test_steps_that_need_each_other(tmp_path: Path) -> None:
+    def step(name: str, base: str) -> str:
+        return (
+            f"name: {name}\nmerge_method: dare_linear\nbase_model: {base}\nmodels:\n"
+            "- {model: ./a, parameters: {weight: 1, density: 0.5}}\nparameters: {seed: 1}\n"
+        )
+
+    (finding,) = check_file(write(tmp_path, step("one", "two") + "---\n" + step("two", "one")))
+    assert "Circular dependency detected" in finding.message
+    assert check_file(write(tmp_path, step("one", "./b") + "---\n" + step("two", "one"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("models: [{model: ./b}, {model: ./a}, {model: ./c}]\nparameters: {t: 0.5}", "slerp"),
+        ("models: [{model: ./a, parameters: {weight: 1, density: 0.5, epsilon: 0.5}}]", "della"),
+    ],
+)
+def test_what_other_methods_refuse(text: str, method: str, tmp_path: Path) -> None:
+    config = f"merge_method: {method}\nbase_model: ./b\n{text}\n"
+    (finding,) = check_file(write(tmp_path, config))
+    assert "exactly 2 inputs" in finding.message or "density + epsilon" in finding.message
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8)
+)
+HOSTILE = {
+    "a tag": (CLEAN.replace("rescale: true", "rescale: !!bool x"), "cannot be read as YAML"),
+    "a date": (CLEAN.replace("seed: 42", "seed: !!timestamp x"), "cannot be read as YAML"),
+    "a number": (CLEAN.replace("seed: 42", f"seed: {'9' * 5000}"), "cannot be read as YAML"),
+    "depth": ("merge_method: dare_ties\nmodels: " + "[" * 10_000 + "]" * 10_000, "too deep"),
+    "itself": ("&r\nmerge_method: dare_ties\nmodels: [*r]\n", "contains itself"),
+    "aliases": (BOMB + CLEAN.replace("weight: 0.5", "weight: *i"), "more than 100,000 values"),
+    "no text": ("\udcff", ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_documents(name: str, tmp_path: Path) -> None:
+    """One sentence, no traceback, no hang, in JSON, too."""
+    text, message = HOSTILE[name]
+    path = tmp_path / "config.yml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UnusableFileError) as caught:
+        check_file(str(path))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+    result = CliRunner().invoke(main, ["check", "--json", str(path)])
+    assert result.exit_code == 2
+    (finding,) = json.loads(result.output)
+    assert finding["message"] == str(caught.value)
+
+
+def test_long_names_and_other_files(tmp_path: Path) -> None:
+    long = CLEAN.replace("./code", "x" * 5000).replace("densi", "densi")
+    findings = check_file(write(tmp_path, long), files=True)
+    assert all(len(str(finding)) < 1000 for finding in findings)
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / ("y" * 5000)):
+        with pytest.raises(UnusableFileError):
+            check_file(str(path))
+
+
+def test_a_flood_is_counted(tmp_path: Path) -> None:
+    lines = "".join(f"  densit{i}: 1\n" for i in range(500))
+    findings = check_file(write(tmp_path, CLEAN.replace("  seed: 42\n", lines + "  seed: 42\n")))
+    assert len(findings) == 101
+    assert findings[-1].message == "400 more findings; mend these first"
+
+
+@pytest.mark.slow
+def test_a_terminal_without_utf8(tmp_path: Path) -> None:
+    path = write(tmp_path, CLEAN.replace("  seed: 42", "  sed: 42 # 数"))
+    result = run_command("mergekit-dare", "check", path, check=False, PYTHONIOENCODING="latin-1")
+    assert result.returncode == 1
+    assert "did you mean seed?" in result.stdout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -33,7 +35,8 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert "OFF MERGEKIT_DARE: 0\n    Take MERGEKIT_DARE out of the env" in result.output
     assert "OFF this interpreter: dare_linear and dare_ties: mergekit's own" in result.output
-    assert "OFF mergekit-yaml: not on the PATH" in result.output
+    assert "mergekit-yaml (" in result.output
+    assert "(not on the PATH: call it so)" in result.output
 
 
 def test_versions_and_start_up_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +54,58 @@ def test_versions_and_start_up_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was not installed by pip" in doctor._startup_file().found
 
 
-def test_another_interpreter() -> None:
-    line = doctor._active("x", ["/nonexistent/python"])
-    assert line.found.startswith("cannot be asked")
-    line = doctor._active("x", ["/bin/false"])
-    assert line.found == "cannot import mergekit: no reason given"
+def line_of(command: str, folder: Path, path: str = "/usr/bin:/bin") -> str:
+    result = run_command(
+        "mergekit-dare", "doctor", check=False, cwd=folder, PATH=f"{command}:{path}"
+    )
+    return result.stdout.splitlines()[-1]
+
+
+def script(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "mergekit-yaml").write_text(text)
+    (folder / "mergekit-yaml").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["trampoline", "shim", "exec of another"])
+def test_scripts_that_start_python_in_other_ways(kind: str, tmp_path: Path) -> None:
+    """As pip writes them where a path has a space, as pyenv does, and as people do."""
+    body = (SCRIPTS / "mergekit-yaml").read_text().split("\n", 1)[1]
+    link = tmp_path / "with a space" / "python"
+    link.parent.mkdir()
+    link.symlink_to(sys.executable)
+    text = {
+        "trampoline": f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n{body}",
+        "shim": f'#!/usr/bin/env bash\nexec "{SCRIPTS}/mergekit-yaml" "$@"\n',
+        "exec of another": f'#!/bin/sh\nx=1\n"{SCRIPTS}/python" "{SCRIPTS}/mergekit-yaml" "$@"\n',
+    }[kind]
+    folder = script(tmp_path / "bin", text)
+    assert line_of(str(folder), tmp_path) == (
+        f"ok  mergekit-yaml ({folder}/mergekit-yaml): dare_linear and dare_ties: ours"
+    )
+
+
+def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path) -> None:
+    (tmp_path / "mergekit").mkdir()
+    (tmp_path / "mergekit" / "__init__.py").write_text("raise ImportError('not this one')")
+    assert line_of(str(SCRIPTS), tmp_path).startswith("ok ")
+
+
+def test_a_command_that_is_no_python(tmp_path: Path) -> None:
+    folder = script(tmp_path / "bin", "#!/bin/sh\necho broken >&2\nexit 3\n")
+    result = run_command("mergekit-dare", "doctor", check=False, PATH=f"{folder}:/usr/bin:/bin")
+    assert "cannot import mergekit: broken" in result.stdout
+
+
+def test_beside_this_interpreter_but_not_on_the_path(tmp_path: Path) -> None:
+    line = line_of("/nowhere", tmp_path)
+    assert line.startswith("ok ")
+    assert line.endswith("ours (not on the PATH: call it so)")
+
+
+def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_site_folders", lambda: {Path("/elsewhere")})
+    line = doctor._startup_file()
+    assert line.found.endswith("Python reads no start-up files in that folder")
+    assert line.remedy is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from mergekit.options import MergeOptions
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mergekit_dare.cli import main
 from mergekit_dare.diagnostics import deltas, inspection
+from mergekit_dare.kernel.sampling import magnitude_scale
 from tests import zoo
 from tests.kernel.test_merging import randn
-from tests.running import Config, write
+from tests.running import Config, dare, write
+
+Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def config(folder: Path, *names: str, **settings: Any) -> Config:
 
 def inspect(folder: Path, tmp_path: Path, *names: str, **settings: Any) -> inspection.Report:
     path = write(config(folder, *names, **settings), tmp_path / "config.yml")
-    return inspection.inspect_config(path, quiet=True)
+    return inspection.inspect_config(path, MergeOptions(quiet=True))
 
 
 def all_deltas(folder: Path, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -83,7 +93,7 @@ def test_figures_of_a_model(name: str, family: Path, tmp_path: Path) -> None:
     for magnitude in (deltas.SMALL, deltas.LARGE):
         low, high = ((np.abs(delta) > magnitude * f).mean() for f in (1.01, 0.99))
         assert low <= total.share_above(magnitude) <= high
-    assert model.relative_noise == pytest.approx(math.sqrt(3) * norm, rel=1e-6)
+    assert model.relative_noise() == pytest.approx(math.sqrt(3) * norm, rel=1e-6)
     largest = {
         key: float((zoo.load(family / name)[key].double() - tensor.double()).abs().max())
         for key, tensor in zoo.load(family / "base").items()
@@ -161,7 +171,9 @@ def test_verdicts_on_plain_numbers() -> None:
 def test_gradients_of_density_are_reported(family: Path, tmp_path: Path) -> None:
     settings = config(family, "math")
     settings["models"][0]["parameters"]["density"] = [0.2, 0.6]
-    report = inspection.inspect_config(write(settings, tmp_path / "c.yml"), quiet=True)
+    report = inspection.inspect_config(
+        write(settings, tmp_path / "c.yml"), MergeOptions(quiet=True)
+    )
     (model,) = report.models.values()
     assert sorted(model.densities) == pytest.approx([0.2, 0.4, 0.6])
 
@@ -228,7 +240,7 @@ def test_plot(family: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", path, "--quiet", "--plot", str(png)])
     assert result.exit_code == 0, result.output
     assert png.read_bytes().startswith(b"\x89PNG")
-    report = inspection.inspect_config(path, quiet=True)
+    report = inspection.inspect_config(path, MergeOptions(quiet=True))
     first, second = (model.total for model in report.models.values())
     for total in (first, second):
         middles, shares = inspection.histogram(total)
@@ -255,3 +267,173 @@ def test_what_cannot_be_inspected(family: Path, tmp_path: Path) -> None:
     assert "needs base_model" in said(without_base)
     assert "has no fine-tuned model" in said(config(family, "base"))
     assert said(config(family, "nowhere"))
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["inspect", "--quiet", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def copy(family: Path, tmp_path: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A family whose ``math`` is another one."""
+    for name in ("base", "math", "code"):
+        shutil.copytree(family / name, tmp_path / name)
+    tensors = change(zoo.load(tmp_path / "math"))
+    save_file(tensors, tmp_path / "math" / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_a_model_that_equals_the_base_beside_another(family: Path, tmp_path: Path) -> None:
+    folder = copy(family, tmp_path, lambda _: zoo.load(family / "base"))
+    code, out, _ = run(write(config(folder, "math", "code"), tmp_path / "c.yml"))
+    assert code == 0
+    assert "the model equals the base" in out
+
+
+def test_a_model_of_nan_and_json(family: Path, tmp_path: Path) -> None:
+    folder = copy(family, tmp_path, lambda t: {k: v * math.nan for k, v in t.items()})
+    path = write(config(folder, "math"), tmp_path / "c.yml")
+    code, out, _ = run(path, "--json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    figures = json.loads(out, parse_constant=refuse)
+    (model,) = figures["models"].values()
+    assert (code, model["verdict"]) == (0, "not finite")
+    assert "deltas are NaN or infinite: the merge will stop there" in run(path)[1]
+
+
+def test_nothing_compared(family: Path, tmp_path: Path) -> None:
+    folder = copy(family, tmp_path, lambda t: {k: v[:1] for k, v in t.items()})
+    code, out, _ = run(write(config(folder, "math", "code"), tmp_path / "c.yml"))
+    assert code == 0
+    assert "no tensor of it could be compared with the base" in out
+    assert f"shapes differ: (1, 32) in {folder / 'math'}, (128, 32) in the base" in out
+    assert "small deltas" in out  # of the other one
+
+
+def test_every_reason_is_named(family: Path, tmp_path: Path) -> None:
+    folder = copy(family, tmp_path, lambda t: t | {"lm_head.weight": t["lm_head.weight"][:100]})
+    shutil.rmtree(folder / "code")
+    shutil.copytree(folder / "math", folder / "code")
+    report = inspection.inspect_config(
+        write(config(folder, "math", "code"), tmp_path / "c.yml"), MergeOptions(quiet=True)
+    )
+    assert [len(reasons) for reasons in report.left_out.values()] == [2]
+
+
+def test_several_configs(family: Path, tmp_path: Path) -> None:
+    first, second = (config(family, name) | {"name": name} for name in ("math", "code"))
+    path = write([first, second], tmp_path / "steps.yml")
+    code, _, err = run(path)
+    assert code == 2
+    assert "has 2 configs: choose one with --name; there are: math, code" in err
+    code, out, _ = run(path, "--name", "code")
+    assert (code, out.split("\n")[0]) == (0, str(family / "code"))
+
+
+def test_unusable_inputs(family: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yml"
+    broken.write_text("models:\n\t- model: ./a\n")
+    path = write(config(family, "math"), tmp_path / "c.yml")
+    folder = copy(family, tmp_path / "cut", lambda t: t)
+    file = folder / "math" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    damaged = write(config(folder, "math"), tmp_path / "damaged.yml")
+    for arguments, message in (
+        ([str(broken)], "broken.yml cannot be read as YAML"),
+        ([path, "--device", "cuda:99"], "--device cuda:99 is of no use here"),
+        ([damaged], f"{file} is cut off: it has 5000 bytes"),
+        ([path, "--plot", str(tmp_path / "no" / "p.png")], "No such file"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_the_report_is_out_whatever_becomes_of_the_plot(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(inspection, "plot", fail)
+    path = write(config(family, "math"), tmp_path / "c.yml")
+    code, out, err = run(path, "--plot", str(tmp_path / "p.png"))
+    assert code == 2
+    assert "small deltas" in out
+    assert "p.png could not be drawn: no font" in err
+
+
+def test_vocabularies_in_another_order(tmp_path: Path) -> None:
+    """tokenizer_source: rows of the same tokens are compared."""
+    zoo.make_family(zoo.ARCHITECTURES["llama"], tmp_path, names="a")
+    words = [*range(4), *range(zoo.VOCABULARY - 1, 3, -1)]
+    zoo.tokenizer(order=words).save_pretrained(tmp_path / "a")
+    tensors = zoo.load(tmp_path / "a")
+    for name, tensor in tensors.items():
+        if tensor.shape[0] == zoo.VOCABULARY:
+            tensors[name] = tensor[words].clone()
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    settings = dare(tmp_path, names="a", seed=1)
+    plain = inspection.inspect_config(write(settings, tmp_path / "p.yml"))
+    assert next(iter(plain.models.values())).total.largest > 0.03
+    settings["tokenizer_source"] = "base"
+    aligned = inspection.inspect_config(write(settings, tmp_path / "c.yml"))
+    assert next(iter(aligned.models.values())).total.largest < 0.02
+
+
+def test_adapters_and_single_files(tmp_path: Path) -> None:
+    zoo.make_family(zoo.ARCHITECTURES["llama"], tmp_path, names="a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    adapted = dare(tmp_path, names=[f"base+{tmp_path}/adapter"], seed=1)
+    code, out, _ = run(write(adapted, tmp_path / "c.yml"))
+    assert code == 0
+    assert "q_proj.weight: |delta| up to" in out
+    files = dare(tmp_path, names=["a/model.safetensors"], seed=1)
+    files["base_model"] += "/model.safetensors"
+    code, out, _ = run(write(files, tmp_path / "c.yml"))
+    assert code == 0
+    assert "relative norm" in out
+
+
+def test_what_rounding_leaves(tmp_path: Path) -> None:
+    """A change of 0.3 units is lost when it is rounded to nearest, and inspect says so."""
+    zoo.make_family(zoo.ARCHITECTURES["llama"], tmp_path, names="")
+    shutil.copytree(tmp_path / "base", tmp_path / "a")
+    tensors = zoo.load(tmp_path / "a")
+    for tensor in tensors.values():
+        tensor.view(-1)[::5].view(torch.int16).add_(1)
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    settings = dare(tmp_path, "dare_linear", "a", weight=0.3, density=1.0, seed=1)
+    report = inspection.inspect_config(write(settings, tmp_path / "c.yml"))
+    assert report.change is not None
+    assert report.change.survives is not None
+    assert report.change.survives < 0.1
+    # A unit at 0.3 of the way: noise sqrt(0.3 * 0.7) of a unit, for a change of 0.3 units; half of
+    # a unit's size towards 0, where the mantissa overflows, so a little more.
+    assert report.change.stochastic_noise == pytest.approx(math.sqrt(0.21) / 0.3, rel=0.2)
+    (advice,) = report.advice()
+    assert "rounding: stochastic keeps its expectation" in advice
+    settings["parameters"]["rounding"] = "stochastic"
+    assert inspection.inspect_config(write(settings, tmp_path / "c.yml")).advice() == []
+
+
+def test_noise_of_both_samplings(tmp_path: Path) -> None:
+    """As theory has it for Gaussian deltas at density 0.1: by magnitude 0.60 of the power."""
+    base, tuned = randn(0, 200_000), randn(1, 200_000) * 0.01 + randn(0, 200_000)
+    (statistics,) = deltas.measure(base, {"a": tuned}).models.values()
+    uniform = deltas.noise_factor(0.1) ** 2 * statistics.square_sum
+    assert deltas.magnitude_noise(statistics, 0.1) / uniform == pytest.approx(0.596, rel=0.02)
+    scale = magnitude_scale(tuned, base, 0.1, torch.float32)
+    assert scale is not None
+    delta = (tuned - base).double()
+    probability = torch.ceil(delta.abs() * scale).clamp(1, 65536) / 65536
+    exact = float((delta**2 * (1 / probability - 1)).sum())
+    assert deltas.magnitude_noise(statistics, 0.1) == pytest.approx(exact, rel=0.02)
+    assert deltas.magnitude_noise(statistics, 1.0) == 0

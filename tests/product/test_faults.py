@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "missing tensor": (
         edit(remove_tensor),
         TENSOR,
-        f"tensor {TENSOR} of the base model is missing",
+        f"tensor {TENSOR} is missing in",
     ),
     "another shape": (
         edit(shorten_tensor),

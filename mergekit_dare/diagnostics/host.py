@@ -1,0 +1,159 @@
+"""What mergekit itself says of a config, put at the lines that it means.
+
+Its validators, its parser of dtypes, templates and dependencies, and its planner are run; none of
+their rules is written again here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mergekit.merge
+from mergekit import merge_methods
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.scripts import multimerge
+from pydantic import ValidationError
+from yaml.nodes import MappingNode, Node, SequenceNode
+
+from mergekit_dare.diagnostics.document import Document, entries, get, plain
+from mergekit_dare.diagnostics.findings import Finding, cut
+from mergekit_dare.plugin.methods import DareMethod
+
+Findings = Iterator[Finding]
+
+
+def configuration(document: Document) -> MergeConfiguration:
+    """Return the config as mergekit has it.
+
+    Raises:
+        Exception: whatever mergekit's validators raise.
+
+    """
+    value = plain(document.root)
+    value.pop("name", None)
+    return MergeConfiguration.model_validate(value)
+
+
+def validation(document: Document) -> Findings:
+    """Run the validators of mergekit's config classes."""
+    try:
+        configuration(document)
+    except ValidationError as error:
+        yield from _at_their_lines(document, error)
+    except Exception as error:  # some of its validators raise RuntimeError
+        yield document.finding(_named_in(str(error), document), _refusal(error))
+
+
+def _named_in(message: str, document: Document) -> Node:
+    """Return the first key of the config that a message names, or the config."""
+    words = set(re.findall(r"\w+", message))
+    keys = (key for key, _ in entries(document.root) if key.value in words)
+    return next(keys, document.root)
+
+
+def _at_their_lines(document: Document, error: ValidationError) -> Findings:
+    """Make one finding for each place: of a union, pydantic reports every member."""
+    seen: set[int] = set()
+    for details in error.errors(include_url=False, include_context=False):
+        node, rest = _walk(document.root, details["loc"])
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if details["type"] == "missing":
+            yield document.finding(node, f"{details['loc'][-1]} is missing")
+        else:
+            where = next((str(part) for part in details["loc"][::-1] if isinstance(part, str)), "")
+            where = ".".join(map(str, details["loc"][: len(details["loc"]) - len(rest)])) or where
+            yield document.finding(node, f"mergekit refuses {where}: {cut(details['msg'])}")
+
+
+def _walk(node: Node, location: tuple[int | str, ...]) -> tuple[Node, tuple[int | str, ...]]:
+    """Follow pydantic's path as far as the document has it; the rest are members of unions."""
+    for index, part in enumerate(location):
+        child: Node | None = None
+        if isinstance(node, MappingNode) and isinstance(part, str):
+            child = get(node, part)
+        elif isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
+            child = node.value[part]
+        if child is None:
+            return node, location[index:]
+        node = child
+    return node, ()
+
+
+def dtypes(document: Document) -> Findings:
+    """Parse the names of dtypes."""
+    for key in ("dtype", "out_dtype"):
+        yield from _try(document, key, dtype_from_name)
+
+
+def chat_template(document: Document) -> Findings:
+    """Look for the chat template, which mergekit does after all weights are written."""
+    set_template = getattr(mergekit.merge, "_set_chat_template", None)
+
+    class Tokenizer:
+        chat_template: str | None = None
+
+    def attempt(name: str) -> None:
+        if name != "auto" and set_template is not None:
+            set_template(Tokenizer(), MergeConfiguration.model_construct(chat_template=name))
+
+    yield from _try(document, "chat_template", attempt)
+
+
+def inputs(document: Document) -> Findings:
+    """Let the merge method judge the models that go into each output."""
+    if document.spec is None:
+        return
+    method = merge_methods.get(document.spec.name)
+    validate = method.validate_inputs
+    if isinstance(method, DareMethod):  # it looks into the models' files, too, as --files does
+        validate = super(DareMethod, method).validate_inputs
+    for output in document.outputs:
+        models = list(output.references)
+        if not output.is_slice and output.base is not None and output.base not in models:
+            models.append(output.base)  # as mergekit does
+        try:
+            validate(models, output.base, group_name=output.name)
+        except Exception as error:
+            yield document.finding(output.node, _refusal(error))
+
+
+def dependencies(documents: list[Document]) -> Findings:
+    """Let mergekit-multi order the documents of a file."""
+    names = {document.name for document in documents}
+    configs: dict[Any, Any] = {}
+    uses: dict[Any, Any] = {}
+    for document in documents:
+        try:
+            config = configuration(document)
+            configs[document.name], uses[document.name] = multimerge.patched_config(
+                config, {name for name in names if name}, "."
+            )
+        except Exception:
+            return  # said by the other rules
+    try:
+        multimerge.make_tasks(configs, uses, mergekit.merge.MergeOptions(), ".", "out", True)
+    except Exception as error:
+        yield documents[0].finding(documents[0].root, _refusal(error))
+
+
+def _try(document: Document, key: str, function: Callable[[Any], object]) -> Findings:
+    node = get(document.root, key)
+    value = None if node is None else plain(node)
+    if node is None or not isinstance(value, str):
+        return
+    try:
+        function(value)
+    except Exception as error:
+        yield document.finding(node, _refusal(error))
+
+
+def _refusal(error: Exception) -> str:
+    return f"mergekit refuses this: {cut(str(error)) or type(error).__name__}"
+
+
+HOST_RULES = (validation, dtypes, chat_template, inputs)

@@ -1,0 +1,108 @@
+"""What mergekit plans to do for a config.
+
+Its own planners are run, and its own tasks; nothing is written.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from typing import Any, cast
+
+from mergekit.architecture import ModelArchitecture, get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.scripts import merge_raw_pytorch
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from mergekit.tokenizer.truncate import TruncatedVocabulary
+from torch import Tensor
+
+
+def plan(
+    config: MergeConfiguration, options: MergeOptions, *, merge_adapters: bool = True
+) -> tuple[ModelArchitecture, list[SaveTensor]]:
+    """Return what mergekit makes of a config's models, and the tensors that it would save.
+
+    Args:
+        config: As mergekit has it; left as it is.
+        options: Those that mergekit-yaml would be given.
+        merge_adapters: Whether adapters may be merged into their models, which is work and
+            needs ``lora_merge_cache``; else the models stand in for them.
+
+    Raises:
+        Exception: whatever mergekit raises: the models do not fit, or their files are not there.
+
+    """
+    config = config.model_copy(deep=True)
+    architecture = get_architecture_info(config, options)
+    cache = LoaderCache()
+    cache.setup(options=options)
+    # It keeps what it has read of a model; the files may have changed since.
+    cache.loaders.clear()
+    if not merge_adapters:
+        for model in filter(lambda model: model.lora, config.referenced_models()):
+            plain = ModelReference(model=model.model)
+            cache.loaders[model] = plain.lazy_loader(cache_dir=options.transformers_cache)
+    donor = config.base_model or config.referenced_models()[0]
+    out_config = donor.config(trust_remote_code=options.trust_remote_code)
+    planner = MergePlanner(config, architecture, options, out_config)
+    # Planning writes nothing: the folder would be made when the tasks are run.
+    tasks = planner.plan_to_disk("unused")
+    return architecture, [task for task in tasks if isinstance(task, SaveTensor)]
+
+
+def plan_single_files(
+    document: Mapping[str, Any], options: MergeOptions
+) -> tuple[ModelReference | None, list[SaveTensor]]:
+    """Return the base model of a config for mergekit-pytorch, and what it would save.
+
+    Tensors that some files lack are left out, as with ``--tensor-intersection``.
+    """
+    config = merge_raw_pytorch.RawPyTorchMergeConfig.model_validate(document)
+    with redirect_stderr(io.StringIO()):  # progress bars of planning, which takes no time
+        tasks = merge_raw_pytorch.plan_flat_merge(config, "unused", False, True, options)
+    base = config.base_model
+    saves = [save for save in cast(list[Any], tasks) if isinstance(save, SaveTensor)]
+    reference = None if base is None else ModelReference.model_validate({"model": {"path": base}})
+    return reference, sorted(saves, key=lambda save: save.tensor_name)
+
+
+def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[Any, Tensor]:
+    """Run what a task needs, and return its inputs by model, vocabularies aligned.
+
+    Args:
+        task: One of the plan.
+        results: What is kept from one task to the next: the tokenizer.
+
+    """
+    inputs: dict[Any, Tensor] = _run(task.gather_tensors, results)
+    return inputs
+
+
+def _run(task: Task[Any], results: dict[Task[Any], Any]) -> Any:
+    if task in results:
+        return results[task]
+    result = task.execute(**{name: _run(t, results) for name, t in task.arguments().items()})
+    if isinstance(task, BuildTokenizer):
+        results[task] = result
+    return result
+
+
+def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:
+    """Return what a task loads, before any alignment of vocabularies."""
+    gather = task.gather_tensors
+    if isinstance(gather, PermutedVocabulary | TruncatedVocabulary):
+        gather = gather.gather_tensors
+    assert isinstance(gather, GatherTensors)
+    return gather
+
+
+def aligns_tokens(task: ExecuteMergeMethodTask) -> bool:
+    """Tell whether a task brings the rows of several vocabularies into one order."""
+    return isinstance(task.gather_tensors, PermutedVocabulary | TruncatedVocabulary)

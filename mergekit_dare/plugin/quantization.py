@@ -1,0 +1,92 @@
+"""Whether a model's files hold codes in place of weights.
+
+mergekit converts codes to the dtype of the merge as if they were weights, before a merge method
+sees them. So this is told from what the files say of themselves, at the time of planning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Codes as safetensors' headers name them: integers of a byte, floats of a byte and less.
+_CODES = ("I8", "U8", "F8", "F4", "F6", "E8")
+# The parts that a quantized weight is made of, beside or in place of the weight.
+_COMPANIONS = (
+    "qweight",
+    "weight_scale_inv",
+    "weight_scale",
+    "SCB",
+    "absmax",
+    "quant_map",
+    "scales",
+)
+_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def kind(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str | None:
+    """Say how a model is quantized, or return ``None``.
+
+    Args:
+        config: The content of its config.json.
+        dtypes: Of each stored tensor by name, as safetensors names them; empty if they are not
+            known. They decide: a config may have kept its settings after a model was dequantized.
+
+    """
+    settings = config.get("quantization_config")
+    method = str(settings.get("quant_method", "?")) if isinstance(settings, dict) else None
+    if not dtypes:
+        return method
+    codes = next((name for name, dtype in dtypes.items() if dtype.startswith(_CODES)), None)
+    parts = next((name for name in dtypes if name.rsplit(".", 1)[-1] in _COMPANIONS), None)
+    if parts is None and (codes is None or (method is None and not codes.endswith("weight"))):
+        return None
+    return method or f"tensor {parts or codes} is stored as {dtypes[parts or codes or '']}"
+
+
+def refuse(models: Iterable[object]) -> None:
+    """Refuse models of this machine that are quantized.
+
+    Args:
+        models: mergekit's references; other identifiers are passed over.
+
+    Raises:
+        ValueError: one sentence that names the model.
+
+    """
+    for model in models:
+        path = getattr(getattr(model, "model", None), "path", None)
+        found = _kind_of_folder(path) if isinstance(path, str) else None
+        if found is not None:
+            raise ValueError(
+                f"model {model} is quantized ({found}): a merge would take its codes for weights; "
+                "dequantize it first, or take the model that it was made from"
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _kind_of_folder(path: str) -> str | None:
+    """Look at a folder once in a process; what cannot be read is left to mergekit."""
+    folder = Path(path)
+    try:
+        if not folder.is_dir():
+            return None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        dtypes: dict[str, str] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            dtypes |= _dtypes_of(file)
+        return kind(config if isinstance(config, dict) else {}, dtypes)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _dtypes_of(file: Path) -> dict[str, str]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _LARGEST_HEADER:
+            return {}
+        header = json.loads(opened.read(length))
+    return {k: str(v.get("dtype")) for k, v in header.items() if k != "__metadata__"}

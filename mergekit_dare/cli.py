@@ -11,7 +11,10 @@ import click
 from mergekit_dare import __version__
 
 # Commands that are imported when they are called: they bring mergekit and torch.
-LAZY = {"inspect": ("mergekit_dare.diagnostics.inspect_command", "Measure the deltas of a config.")}
+LAZY = {
+    "inspect": ("mergekit_dare.diagnostics.inspect_command", "Measure the deltas of a config."),
+    "verify": ("mergekit_dare.diagnostics.verify_command", "Merge again, and compare the bytes."),
+}
 
 
 class _Commands(click.Group):

@@ -1,6 +1,6 @@
 """Run tests with other versions of Python and of what mergekit needs.
 
-Usage: python3 tests/matrix.py [ROW...]
+Usage: python3 tests/matrix.py [ROW...]; rows: oldest, newest, python3.12
 
 They are the quick selection, and those of compiled code, which torch makes its own way in each
 version. Each row gets an environment of its own in a temporary folder, of some 6 GB where torch
@@ -19,6 +19,10 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+# Run unless others are named: they have the oldest and the newest of everything.
+USUAL = ("oldest", "newest")
+# Of compiled code, one test for each way through it.
+COMPILED = "same_bits and bfloat16 or sampling_and_rounding and float16 or one_line"
 TESTS = ["pytest", "hypothesis", "matplotlib", "hatchling", "editables"]
 # Name: Python, requirements, tests that this row's versions of other packages cannot run.
 ROWS: dict[str, tuple[str, list[str], list[str]]] = {
@@ -56,7 +60,7 @@ def interpreter(version: str) -> str | None:
 def main(names: list[str]) -> None:
     """Run the rows; leave with exit code 1 if one of them failed."""
     failed = []
-    for name in names or list(ROWS):
+    for name in names or USUAL:
         version, requirements, left_out = ROWS[name]
         python = interpreter(version)
         if python is None:
@@ -88,7 +92,8 @@ def _run_row(
     subprocess.run([program, "-c", shown], check=True)
     deselected = [f"--deselect={test}" for test in left_out]
     pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    selections = (["-m", "not slow", *deselected], ["tests/kernel/test_compiled.py"])
+    compiled = ["tests/kernel/test_compiled.py", "-k", COMPILED]
+    selections = (["-m", "not slow", *deselected], compiled)
     return all(
         subprocess.run([*pytest, *selection], cwd=PROJECT, check=False).returncode == 0
         for selection in selections

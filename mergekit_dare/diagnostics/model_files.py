@@ -50,12 +50,15 @@ class ModelFiles:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def examine(path: Path) -> ModelFiles:
-    """Look at a model's folder, or at a single file as ``mergekit-pytorch`` takes it."""
+def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
+    """Look at a model's folder, or at a single file as ``mergekit-pytorch`` takes it.
+
+    ``needs_config``: whether a folder without config.json is none of a model.
+    """
     found = ModelFiles()
     try:
         if path.is_dir():
-            _examine_folder(path, found)
+            _examine_folder(path, found, needs_config)
         elif path.exists():
             _examine_weights(path, found)
         else:
@@ -80,12 +83,13 @@ def examine_adapter(path: Path) -> list[str]:
     return []
 
 
-def _examine_folder(folder: Path, found: ModelFiles) -> None:
-    config = _read_json(folder / "config.json", found)
-    if isinstance(config, dict):
-        found.config = config
-    elif not found.problems:
-        found.problems.append(f"{folder / 'config.json'} holds no settings: it is no mapping")
+def _examine_folder(folder: Path, found: ModelFiles, needs_config: bool) -> None:
+    if needs_config or (folder / "config.json").exists():
+        config = _read_json(folder / "config.json", found)
+        if isinstance(config, dict):
+            found.config = config
+        elif not found.problems:
+            found.problems.append(f"{folder / 'config.json'} holds no settings: it is no mapping")
     for file in _weight_files(folder, found):
         _examine_weights(file, found)
 

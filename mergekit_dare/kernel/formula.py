@@ -131,7 +131,7 @@ def merge_chunk(
         m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b)
         accumulate(k, m, delta, numbers, steps, b)
     merged = b.sum if steps.combine is Combine.LINEAR else _elected(b, steps, numbers.lambda_)
-    if torch.compiler.is_compiling() or _has_negative_zeros(theta_0):
+    if _may_have_negative_zeros(theta_0):
         merged.masked_fill_(merged == 0, -0.0)  # x + -0.0 is x, but -0.0 + 0.0 is 0.0
     result = torch.add(base, merged, out=out if out.dtype == b.dtype else b.delta)
     square_sum = torch.dot(result, result)
@@ -255,6 +255,9 @@ _INTEGERS = {
 SUPPORTED_DTYPES = tuple(_INTEGERS)
 
 
-def _has_negative_zeros(theta_0: Tensor) -> bool:
+def _may_have_negative_zeros(theta_0: Tensor) -> bool:
+    """Look for them where that costs less than to provide for them."""
+    if torch.compiler.is_compiling() or theta_0.device.type != "cpu":  # looking would wait for it
+        return True
     integer, negative_zero = _INTEGERS[theta_0.dtype]
     return int(theta_0.view(integer).min()) == negative_zero

@@ -9,9 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import zoo
 from tests.running import PROJECT, dare, merge_yaml, write
@@ -392,3 +394,54 @@ def test_entry_points_of_other_packages(packages: Path, wheel: Path, tmp_path: P
     assert "leaves from leaving:method: SystemExit: no licence" in lines[0]
     assert "missing from nowhere:method: ModuleNotFoundError" in lines[1]
     assert "wrong_name from other:first: ValueError: the method's own name is 'first'" in lines[2]
+
+
+def test_the_example_of_a_method_of_ones_own(
+    packages: Path, wheel: Path, tmp_path: Path, llamas: Path
+) -> None:
+    """A package installed as its README says, and used by mergekit-yaml."""
+    environment = Environment(tmp_path / "venv", packages)
+    environment.install(str(wheel), str(PROJECT / "examples" / "own_method"))
+    models = [{"model": str(llamas / name)} for name in "abc"]
+    config = {"merge_method": "median", "models": models, "parameters": {"quantile": 0.5}}
+    path = write(config, tmp_path / "median.yml")
+    out = tmp_path / "out"
+    environment.run("-m", "mergekit.scripts.run_yaml", path, str(out), "--quiet")
+    merged = zoo.load(out)
+    tensors = [zoo.load(llamas / name) for name in "abc"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = torch.stack([model[name].float() for model in tensors]).median(0).values
+    assert torch.equal(merged[name].float(), expected)
+    assert "Median" in (out / "README.md").read_text()
+
+
+def test_an_earlier_layout_is_upgraded_in_place(
+    packages: Path, wheel: Path, tmp_path: Path
+) -> None:
+    """An installed version whose modules lay flat, and whose start-up line was another."""
+    environment = Environment(tmp_path / "venv", packages)
+    info = "mergekit_dare-0.0.9.dist-info"
+    files = {
+        "mergekit_dare/__init__.py": "",
+        "mergekit_dare/autoload.py": "def install(): raise RuntimeError('the old one')",
+        "mergekit_dare.pth": "import mergekit_dare.autoload; mergekit_dare.autoload.install()",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: mergekit-dare\nVersion: 0.0.9\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": (
+            "[mergekit.merge_methods]\ndare_ties = mergekit_dare.methods:dare_ties\n"
+        ),
+    }
+    old = tmp_path / "mergekit_dare-0.0.9-py3-none-any.whl"
+    with zipfile.ZipFile(old, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{n},,\n" for n in [*files, f"{info}/RECORD"]))
+    environment.install(str(old))
+    assert "the old one" in environment.code("pass")[1]
+    environment.install("--upgrade", str(wheel))
+    printed, said = environment.code(WHO)
+    assert printed.startswith(OURS)
+    assert said == ""
+    assert not {name for name in environment.files() if "autoload" in name} - {
+        "mergekit_dare/plugin/autoload.py"
+    }

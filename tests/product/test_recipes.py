@@ -25,12 +25,12 @@ from tests.running import PROJECT, merge_pytorch, merge_yaml
 RECIPES = PROJECT / "examples" / "recipes"
 LLAMA_BASE = "meta-llama/Llama-2-13b-hf"
 LLAMAS = {
-    "lm_math": ["WizardLM/WizardLM-13B-V1.2", "WizardLM/WizardMath-13B-V1.0"],
-    "lm_code": ["WizardLM/WizardLM-13B-V1.2", "layoric/llama-2-13b-code-alpaca"],
-    "math_code": ["WizardLM/WizardMath-13B-V1.0", "layoric/llama-2-13b-code-alpaca"],
+    "lm_math": ["WizardLMTeam/WizardLM-13B-V1.2", "vanillaOVO/WizardMath-13B-V1.0"],
+    "lm_code": ["WizardLMTeam/WizardLM-13B-V1.2", "layoric/llama-2-13b-code-alpaca"],
+    "math_code": ["vanillaOVO/WizardMath-13B-V1.0", "layoric/llama-2-13b-code-alpaca"],
     "lm_math_code": [
-        "WizardLM/WizardLM-13B-V1.2",
-        "WizardLM/WizardMath-13B-V1.0",
+        "WizardLMTeam/WizardLM-13B-V1.2",
+        "vanillaOVO/WizardMath-13B-V1.0",
         "layoric/llama-2-13b-code-alpaca",
     ],
 }

@@ -1,0 +1,78 @@
+"""The command ``mergekit-dare verify``, which takes mergekit's own options for loading models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_dare.diagnostics import verification
+from mergekit_dare.diagnostics.findings import UnusableFileError
+
+
+class _Share(click.ParamType):  # type: ignore[type-arg]
+    name = "share"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Take ``5%`` and ``0.05``."""
+        text = str(value)
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            self.fail(f"{text} is no share: give 5% or 0.05", param, ctx)
+        return share
+
+
+@click.command("verify", cls=PrettyPrintHelp)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path), help="In place of the one beside it.")
+@click.option("--name", help="Which config of a file for mergekit-multi.")
+@click.option("--sample", type=_Share(), default=1.0, help="Compare a share of the tensors: 5%.")
+@click.option("--tensors", default="*", help="Compare those whose names match: '*.mlp.*'.")
+@click.option("--inputs", is_flag=True, help="Print the sha256 of each input file, as YAML.")
+@click.option(
+    "--inputs-from", type=click.Path(path_type=Path), help="First compare the inputs with those."
+)
+@add_merge_options
+def command(
+    out: Path,
+    config: Path | None,
+    name: str | None,
+    sample: float,
+    tensors: str,
+    inputs: bool,
+    inputs_from: Path | None,
+    merge_options: MergeOptions,
+) -> None:
+    """Merge again what OUT was merged from, and compare the bytes; nothing is written.
+
+    Exit code 0: the same to the byte; 1: not; 2: it cannot be told.
+    """
+    path = config or (out if out.is_dir() else out.parent) / verification.CONFIG_FILE
+    try:
+        if inputs:
+            click.echo(verification.input_files(path, merge_options, name), nl=False)
+            sys.exit(0)
+        if inputs_from is not None:
+            changed = verification.changed_inputs(inputs_from, path, merge_options)
+            if changed:
+                click.echo("\n".join(changed))
+                sys.exit(1)
+        found = verification.verify(
+            out, merge_options, config=config, name=name, sample=sample, tensors=tensors
+        )
+    except (verification.CannotTellError, UnusableFileError) as error:
+        click.echo(f"It cannot be told: {error}", err=True)
+        sys.exit(2)
+    except Exception as error:  # of mergekit, torch, safetensors: each has its own types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"It cannot be told: {reason}", err=True)
+        sys.exit(2)
+    click.echo(found.as_text())
+    sys.exit(0 if found.is_match else 1)

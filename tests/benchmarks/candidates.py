@@ -61,21 +61,24 @@ def tensors(models: int, elements: int, dtype: torch.dtype, device: str) -> list
     return made
 
 
-def merge(method: MergeMethod, inputs: list[Tensor]) -> Merge:
+def merge(method: MergeMethod, inputs: list[Tensor], **more: Any) -> Merge:
     """Return a call that merges ``inputs``, the base first, as mergekit calls the method."""
     group = TensorGroup.from_tensors(inputs, base_index=0, name="model.layers.0.mlp.up_proj.weight")
     known = {parameter.name for parameter in method.spec.parameters}
     given: dict[str, Any] = {"weight": WEIGHT, "density": DENSITY}
-    parameters = {name: value for name, value in given.items() if name in known}
+    parameters = {name: value for name, value in given.items() if name in known} | more
     return lambda: method((group,), parameters=parameters)
 
 
 def merges(inputs: list[Tensor]) -> dict[str, Merge]:
     """Name a call for every method, and for ours also with compiled code where there is any."""
     calls = {name: merge(method, inputs) for name, method in methods().items()}
+    for method in (dare_linear, dare_ties):
+        calls[f"{method.spec.name} by magnitude"] = merge(method, inputs, sampling="magnitude")
+        calls[f"{method.spec.name} stochastic"] = merge(method, inputs, rounding="stochastic")
     if inputs[0].device.type == "cpu":
-        for method in ("linear", "ties"):
-            calls[f"compiled {method}"] = compiled_merge(calls[f"dare_{method}"])
+        for how in ("linear", "ties"):
+            calls[f"compiled {how}"] = compiled_merge(calls[f"dare_{how}"])
     return calls
 
 

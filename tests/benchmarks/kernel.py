@@ -90,6 +90,9 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         f"{name} ns": statistics.median(values) * scale for name, values in times.items()
     }
     for method in ("linear", "ties"):
+        for what in ("by magnitude", "stochastic"):
+            name = f"dare_{method}"
+            row[f"{name} {what} / uniform"] = paired_ratio(times[f"{name} {what}"], times[name])
         for name in (f"dare_{method}", f"compiled {method}"):
             ours = times.get(name)
             if ours is None:

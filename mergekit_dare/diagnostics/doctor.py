@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+import mergekit_dare
 from mergekit_dare import __version__
 from mergekit_dare.plugin import autoload, registration
 
@@ -46,7 +47,7 @@ class Line:
 def examine() -> list[Line]:
     """Look at this interpreter and at the ``mergekit-yaml`` of the PATH."""
     return [
-        Line("mergekit-dare", f"{__version__} in {Path(__file__).parent}"),
+        Line("mergekit-dare", f"{__version__} in {Path(mergekit_dare.__file__).parent}"),
         Line("Python", f"{platform.python_version()} ({sys.executable})"),
         _package("torch", "pip install torch"),
         _mergekit(),
@@ -136,7 +137,15 @@ def _ask_command(script: str) -> subprocess.CompletedProcess[str] | str:
     with tempfile.TemporaryDirectory() as folder:
         program = f"import os\ntry:\n    {_PROBE}\nfinally:\n    os._exit(0)\n"
         Path(folder, "sitecustomize.py").write_text(program, encoding="utf-8")
-        return _ask([script, "--help"], PYTHONPATH=folder, PYTHONSTARTUP="")
+        asked = _ask([script, "--help"], PYTHONPATH=folder, PYTHONSTARTUP="")
+    if not isinstance(asked, str) and _MARK not in asked.stdout:
+        with open(script, "rb") as opened:
+            first = opened.readline().decode(errors="replace").strip()
+        # pipx tells Python in the script's first line not to look at the environment.
+        python = first.removeprefix("#!").split() if first.startswith("#!") else []
+        if python and Path(python[0]).name.startswith("python"):
+            return _ask([*python, "-c", _PROBE])
+    return asked
 
 
 def _ask(command: list[str], **variables: str) -> subprocess.CompletedProcess[str] | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -54,11 +55,19 @@ def test_versions_and_start_up_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was not installed by pip" in doctor._startup_file().found
 
 
-def line_of(command: str, folder: Path, path: str = "/usr/bin:/bin") -> str:
-    result = run_command(
-        "mergekit-dare", "doctor", check=False, cwd=folder, PATH=f"{command}:{path}"
-    )
-    return result.stdout.splitlines()[-1]
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], doctor.Line]:
+    """Ask of the mergekit-yaml of a PATH that begins with a folder, in another folder."""
+
+    def line_of(folder: str) -> doctor.Line:
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        monkeypatch.chdir(tmp_path)
+        return doctor._command()
+
+    return line_of
+
+
+Ask = Callable[[str], doctor.Line]
 
 
 def script(folder: Path, text: str) -> Path:
@@ -68,40 +77,41 @@ def script(folder: Path, text: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["trampoline", "shim", "exec of another"])
-def test_scripts_that_start_python_in_other_ways(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["trampoline", "shim", "exec of another", "pipx"])
+def test_scripts_that_start_python_in_other_ways(kind: str, tmp_path: Path, ask: Ask) -> None:
     """As pip writes them where a path has a space, as pyenv does, and as people do."""
     body = (SCRIPTS / "mergekit-yaml").read_text().split("\n", 1)[1]
     link = tmp_path / "with a space" / "python"
     link.parent.mkdir()
     link.symlink_to(sys.executable)
     text = {
+        "pipx": f"#!{sys.executable} -E\n{body}",
         "trampoline": f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n{body}",
         "shim": f'#!/usr/bin/env bash\nexec "{SCRIPTS}/mergekit-yaml" "$@"\n',
         "exec of another": f'#!/bin/sh\nx=1\n"{SCRIPTS}/python" "{SCRIPTS}/mergekit-yaml" "$@"\n',
     }[kind]
     folder = script(tmp_path / "bin", text)
-    assert line_of(str(folder), tmp_path) == (
-        f"ok  mergekit-yaml ({folder}/mergekit-yaml): dare_linear and dare_ties: ours"
-    )
+    line = ask(str(folder))
+    assert line.name == f"mergekit-yaml ({folder}/mergekit-yaml)"
+    assert (line.found, line.remedy) == ("dare_linear and dare_ties: ours", None)
 
 
-def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path) -> None:
+def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "mergekit").mkdir()
     (tmp_path / "mergekit" / "__init__.py").write_text("raise ImportError('not this one')")
-    assert line_of(str(SCRIPTS), tmp_path).startswith("ok ")
+    assert ask(str(SCRIPTS)).remedy is None
+    assert doctor._active().remedy is None
 
 
-def test_a_command_that_is_no_python(tmp_path: Path) -> None:
+def test_a_command_that_is_no_python(tmp_path: Path, ask: Ask) -> None:
     folder = script(tmp_path / "bin", "#!/bin/sh\necho broken >&2\nexit 3\n")
-    result = run_command("mergekit-dare", "doctor", check=False, PATH=f"{folder}:/usr/bin:/bin")
-    assert "cannot import mergekit: broken" in result.stdout
+    assert ask(str(folder)).found == "cannot import mergekit: broken"
 
 
-def test_beside_this_interpreter_but_not_on_the_path(tmp_path: Path) -> None:
-    line = line_of("/nowhere", tmp_path)
-    assert line.startswith("ok ")
-    assert line.endswith("ours (not on the PATH: call it so)")
+def test_beside_this_interpreter_but_not_on_the_path(ask: Ask) -> None:
+    line = ask("/nowhere")
+    assert line.remedy is None
+    assert line.found.endswith("ours (not on the PATH: call it so)")
 
 
 def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatch) -> None:

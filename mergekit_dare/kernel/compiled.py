@@ -13,6 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -96,13 +97,16 @@ def merge_function(
 
 def _tensors(numbers: Numbers) -> Numbers:
     """Return the numbers as tensors: Python numbers would be compiled in."""
+    # Of the CPU, whatever the default device of the program is.
+    integers = partial(torch.tensor, dtype=torch.int64, device="cpu")
+    floats = partial(torch.tensor, dtype=torch.float64, device="cpu")
     return Numbers(
-        states=torch.tensor(numbers.states, dtype=torch.int64),
-        thresholds=torch.tensor(numbers.thresholds, dtype=torch.int64),
-        scales=torch.tensor(numbers.scales, dtype=torch.float64),
-        factors=torch.tensor(numbers.factors, dtype=torch.float64),
-        weights=torch.tensor(numbers.weights, dtype=torch.float64),
-        lambda_=torch.tensor(numbers.lambda_, dtype=torch.float64),
+        states=integers(numbers.states),
+        thresholds=integers(numbers.thresholds),
+        scales=floats(numbers.scales),
+        factors=floats(numbers.factors),
+        weights=floats(numbers.weights),
+        lambda_=floats(numbers.lambda_),
     )
 
 
@@ -114,13 +118,11 @@ _CHECKED: set[tuple[Any, ...]] = set()
 
 def _try(case: tuple[Any, ...], *arguments: Any) -> Tensor | None:
     """Merge a chunk with the compiled code of a case, or return ``None`` if there is none."""
-    if case not in _COMPILED:
-        _COMPILED[case] = _compile()
-    function = _COMPILED[case]
-    if function is None:
-        return None
     try:
-        return function(*arguments)
+        if case not in _COMPILED:
+            _COMPILED[case] = _compile()
+        function = _COMPILED[case]
+        return None if function is None else function(*arguments)
     except Exception as error:  # whatever the compiler does, the merge must go on
         _give_up(case, f"{type(error).__name__}: {error}".strip().splitlines()[0])
         return None

@@ -320,6 +320,33 @@ def test_one_line_where_compiled_code_is_wrong(
     assert message.endswith("it gives other results here, which is an error of the compiler")
 
 
+def test_one_line_where_the_cache_is_unusable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    program = """
+import torch
+from mergekit_dare.kernel.formula import Combine
+from mergekit_dare.kernel.merging import FineTuned, Recipe, merge
+base = torch.arange(1 << 20).float()
+merged = merge(base, [FineTuned('a', base + 1, 1.0)], Recipe(Combine.LINEAR, 'w', 1))
+print(torch.equal(merged, base + 1))
+"""
+    variables = {"MERGEKIT_DARE_COMPILE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
+    result = run_command(sys.executable, "-W", "ignore", "-c", program, **variables)
+    assert result.stdout == "True\n"
+    lines = [line for line in result.stderr.splitlines() if "MERGEKIT_DARE_COMPILE" in line]
+    assert len(lines) == 1
+
+
+@needs_compiler
+def test_another_default_device(merged_elements: list[int]) -> None:
+    base, tuned = family(2, CHUNK)
+    with torch.device("meta"):
+        plain, with_compiled = merge_both_ways(
+            base, models(tuned, 0.5, 0.5), recipe(Combine.LINEAR, sampling=Sampling.MAGNITUDE)
+        )
+    assert_same_bits(with_compiled, plain)
+
+
 def test_one_line_where_there_is_no_compiler(tmp_path: Path) -> None:
     program = """
 import torch

@@ -180,6 +180,22 @@ def read(path: str) -> list[Document]:
     return documents
 
 
+def choose(path: str, name: str | None) -> Document:
+    """Read a file and return its only config, or the one of that name.
+
+    Raises:
+        UnusableFileError: as :func:`read`, or there is no such config, or more than one.
+
+    """
+    documents = read(path)
+    found = [document for document in documents if name is None or document.name == name]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(document.name or "one without a name" for document in documents)
+    what = f"has no config {name}" if not found else f"has {len(found)} configs"
+    raise UnusableFileError(f"{path} {what}: choose one with --name; there are: {names}")
+
+
 def _read_text(path: str) -> str:
     try:
         status = Path(path).stat()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from torch import Tensor
@@ -33,7 +32,8 @@ from mergekit_dare.diagnostics.deltas import (
     measure,
     noise_factor,
 )
-from mergekit_dare.diagnostics.document import Document, plain, read
+from mergekit_dare.diagnostics.document import Document, choose, plain
+from mergekit_dare.diagnostics.host import configuration
 from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
@@ -182,7 +182,7 @@ def inspect_config(
     options = options or MergeOptions()
     _check_device(options.device)
     mergekit_dare.register()
-    document = _choose(read(path), path, name)
+    document = choose(path, name)
     with ExitStack() as stack:
         if options.lora_merge_cache is None:
             cache = stack.enter_context(TemporaryDirectory(prefix="mergekit-dare-"))
@@ -208,28 +208,17 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} is of no use here: {error}") from error
 
 
-def _choose(documents: list[Document], path: str, name: str | None) -> Document:
-    found = [d for d in documents if name is None or d.name == name]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(document.name or "one without a name" for document in documents)
-    what = f"has no config {name}" if not found else f"has {len(found)} configs"
-    raise ValueError(f"{path} {what}: choose one with --name; there are: {names}")
-
-
 def _plan(
     document: Document, options: MergeOptions
 ) -> tuple[ModelReference | None, list[ExecuteMergeMethodTask]]:
     """Plan as mergekit does, so that slices, filters and gradients mean what they mean there."""
-    value = plain(document.root)
-    value.pop("name", None)
-    config = MergeConfiguration.model_validate(value)
+    config = configuration(document)
     paths = [Path(model.model.path) for model in config.referenced_models()]
     for path in filter(Path.exists, paths):
         for problem in model_files.examine(path).problems:
             raise ValueError(problem)
     if any(path.is_file() for path in paths):
-        base, saves = planning.plan_single_files(value, options)
+        base, saves = planning.plan_single_files(plain(document.root), options)
     else:
         base, (_, saves) = config.base_model, planning.plan(config, options)
     tasks = (save.tensor_task for save in saves)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import mergekit_dare
 from mergekit_dare.diagnostics import model_files, planning
-from mergekit_dare.diagnostics.document import Document, plain, read
+from mergekit_dare.diagnostics.document import Document, choose, plain
 from mergekit_dare.diagnostics.host import configuration
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
@@ -147,8 +147,8 @@ def verify(
     if options.random_seed is not None:
         torch.manual_seed(options.random_seed)
     saves = _plan(document, options)
-    method = merge_methods.get(str(plain_of(document, "merge_method"))).spec
-    found = Verification(method.pretty_name or method.name, planned=len(saves))
+    assert document.spec is not None  # as checked
+    found = Verification(document.spec.pretty_name or document.spec.name, planned=len(saves))
     planned = {save.tensor_name for save in saves}
     names = set(stored.index.tensor_paths)
     kept: dict[Any, Any] = {}
@@ -178,23 +178,13 @@ def verify(
     return found
 
 
-def plain_of(document: Document, key: str) -> Any:
-    """Return a value of a config."""
-    value = plain(document.root)
-    return value.get(key)
-
-
 def _stored(out: Path, options: MergeOptions) -> LazyTensorLoader:
     if not out.exists():
         raise CannotTellError(f"there is no model {out}")
     for problem in model_files.examine(out, needs_config=False).problems:
         raise CannotTellError(problem)
-    index = ShardedTensorIndex.from_disk(str(out)) if out.is_dir() else _index_of_file(out)
-    return LazyTensorLoader(index, lazy_unpickle=options.lazy_unpickle)
-
-
-def _index_of_file(out: Path) -> ShardedTensorIndex:
-    return ShardedTensorIndex.from_file(str(out))
+    read_index = ShardedTensorIndex.from_disk if out.is_dir() else ShardedTensorIndex.from_file
+    return LazyTensorLoader(read_index(str(out)), lazy_unpickle=options.lazy_unpickle)
 
 
 def _read(stored: LazyTensorLoader, name: str, out: Path) -> Tensor:
@@ -209,12 +199,7 @@ def _read(stored: LazyTensorLoader, name: str, out: Path) -> Tensor:
 def _choose(path: Path, name: str | None) -> Document:
     if not path.is_file():
         raise CannotTellError(f"there is no config {path}; name it with --config")
-    documents = read(str(path))
-    found = [d for d in documents if name is None or d.name == name]
-    if len(found) != 1:
-        names = ", ".join(document.name or "one without a name" for document in documents)
-        raise CannotTellError(f"{path} has these configs: {names}; choose one with --name")
-    return found[0]
+    return choose(str(path), name)
 
 
 def _check_method(document: Document, out: Path) -> None:
@@ -239,8 +224,6 @@ def _check_method(document: Document, out: Path) -> None:
 
 
 def _plan(document: Document, options: MergeOptions) -> list[SaveTensor]:
-    value = plain(document.root)
-    value.pop("name", None)
     try:
         config = configuration(document)
         paths = [Path(model.model.path) for model in config.referenced_models()]
@@ -248,7 +231,7 @@ def _plan(document: Document, options: MergeOptions) -> list[SaveTensor]:
             for problem in model_files.examine(path).problems:
                 raise CannotTellError(problem)
         if any(path.is_file() for path in paths):
-            return planning.plan_single_files(value, options)[1]
+            return planning.plan_single_files(plain(document.root), options)[1]
         return planning.plan(config, options)[1]
     except CannotTellError:
         raise

@@ -67,6 +67,8 @@ def command(
         found = verification.verify(
             out, merge_options, config=config, name=name, sample=sample, tensors=tensors
         )
+    except KeyboardInterrupt:  # click's own exit code for it, 1, would say that it differs
+        sys.exit(130)
     except (verification.CannotTellError, UnusableFileError) as error:
         click.echo(f"It cannot be told: {error}", err=True)
         sys.exit(2)

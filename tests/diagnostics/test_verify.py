@@ -227,7 +227,7 @@ def slices(llamas: Path) -> Config:
     }
 
 
-@pytest.mark.parametrize("kind", ["shards", "tokens", "slices", "adapter"])
+@pytest.mark.parametrize("kind", ["shards", "tokens", "slices", "modules", "pickled", "adapter"])
 def test_other_ways_to_merge(kind: str, llamas: Path, tmp_path: Path) -> None:
     config, options = dare(llamas, seed=1), []
     if kind == "shards":
@@ -236,6 +236,13 @@ def test_other_ways_to_merge(kind: str, llamas: Path, tmp_path: Path) -> None:
         config["tokenizer_source"] = "union"
     elif kind == "slices":
         config = slices(llamas)
+    elif kind == "modules":
+        config["modules"] = {"default": {"models": config.pop("models")}}
+    elif kind == "pickled":
+        shutil.copytree(llamas / "a", tmp_path / "a")
+        (tmp_path / "a" / "model.safetensors").unlink()
+        torch.save(zoo.load(llamas / "a"), tmp_path / "a" / "pytorch_model.bin")
+        config["models"][0]["model"] = str(tmp_path / "a")
     else:
         model = AutoModelForCausalLM.from_pretrained(llamas / "base", dtype=torch.float32)
         lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -245,6 +252,20 @@ def test_other_ways_to_merge(kind: str, llamas: Path, tmp_path: Path) -> None:
     merge_yaml(config, tmp_path, *options)
     code, said = verify(tmp_path / "out", *(options if kind == "adapter" else []))
     assert code == 0, said
+
+
+def test_interrupting(llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is none of the three answers, and nothing is left."""
+    out = merged(llamas, tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(verification, "_difference", interrupt)
+    code, _ = verify(out)
+    assert code == 130
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_single_files_and_several_configs(llamas: Path, tmp_path: Path) -> None:

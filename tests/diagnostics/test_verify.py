@@ -30,6 +30,8 @@ from mergekit_dare.kernel.sampling import Sampling
 from tests import zoo
 from tests.running import Config, dare, merge_multi, merge_pytorch, merge_yaml
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, Tensor]
 PROJ = "model.layers.1.mlp.up_proj.weight"
 

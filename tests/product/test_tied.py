@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests import zoo
 from tests.running import dare, merge_pytorch, merge_yaml
 
+pytestmark = pytest.mark.slow
+
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 METHODS = pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 

@@ -264,7 +264,7 @@ def _add_tensor(
             density = float(dict(task.input_parameters[model].items()).get("density", 1.0))
             of_model = report.models[str(model)]
             of_model.total.add(statistics)
-            largest = max(-statistics.smallest, statistics.largest)
+            largest = max(-statistics.smallest, statistics.largest) + 0.0  # not -0.0
             of_model.tensors[name] = (largest, statistics.relative_norm)
             of_model.densities.add(density)
             if density > 0:

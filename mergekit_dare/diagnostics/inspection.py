@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mergekit_dare
-from mergekit_dare.diagnostics import model_files, planning
+from mergekit_dare.diagnostics import planning
 from mergekit_dare.diagnostics.deltas import (
     LARGE,
     SMALL,
@@ -32,8 +31,7 @@ from mergekit_dare.diagnostics.deltas import (
     measure,
     noise_factor,
 )
-from mergekit_dare.diagnostics.document import Document, choose, plain
-from mergekit_dare.diagnostics.host import configuration
+from mergekit_dare.diagnostics.document import choose
 from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
@@ -173,9 +171,8 @@ def inspect_config(
         name: Which config of a file with several.
 
     Raises:
-        UnusableFileError: the file cannot be read.
-        ValueError: the config has no base model or no fine-tuned model, or a model's files are
-            damaged.
+        UnusableFileError: the file cannot be read, or a model's files are damaged.
+        ValueError: the config has no base model or no fine-tuned model.
         Exception: whatever mergekit raises of a config that it refuses.
 
     """
@@ -187,7 +184,9 @@ def inspect_config(
         if options.lora_merge_cache is None:
             cache = stack.enter_context(TemporaryDirectory(prefix="mergekit-dare-"))
             options = options.model_copy(update={"lora_merge_cache": cache})
-        base, tasks = _plan(document, options)
+        base, saves = planning.plan_document(document, options)
+        planned = (save.tensor_task for save in saves)
+        tasks = [task for task in planned if isinstance(task, ExecuteMergeMethodTask)]
         if base is None:
             raise ValueError(f"{path} needs base_model: deltas are differences from it")
         names = [str(model) for model in _in_order(tasks)]
@@ -206,23 +205,6 @@ def _check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except Exception as error:  # torch has a type of its own for each device that is not there
         raise ValueError(f"--device {device} is of no use here: {error}") from error
-
-
-def _plan(
-    document: Document, options: MergeOptions
-) -> tuple[ModelReference | None, list[ExecuteMergeMethodTask]]:
-    """Plan as mergekit does, so that slices, filters and gradients mean what they mean there."""
-    config = configuration(document)
-    paths = [Path(model.model.path) for model in config.referenced_models()]
-    for path in filter(Path.exists, paths):
-        for problem in model_files.examine(path).problems:
-            raise ValueError(problem)
-    if any(path.is_file() for path in paths):
-        base, saves = planning.plan_single_files(plain(document.root), options)
-    else:
-        base, (_, saves) = config.base_model, planning.plan(config, options)
-    tasks = (save.tensor_task for save in saves)
-    return base, [task for task in tasks if isinstance(task, ExecuteMergeMethodTask)]
 
 
 def _in_order(tasks: list[ExecuteMergeMethodTask]) -> Iterator[ModelReference]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from pathlib import Path
 from typing import Any, cast
 
 from mergekit.architecture import ModelArchitecture, get_architecture_info
@@ -22,6 +23,11 @@ from mergekit.scripts import merge_raw_pytorch
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 from torch import Tensor
+
+from mergekit_dare.diagnostics import model_files
+from mergekit_dare.diagnostics.document import Document, plain
+from mergekit_dare.diagnostics.findings import UnusableFileError
+from mergekit_dare.diagnostics.host import configuration
 
 
 def plan(
@@ -55,6 +61,26 @@ def plan(
     # Planning writes nothing: the folder would be made when the tasks are run.
     tasks = planner.plan_to_disk("unused")
     return architecture, [task for task in tasks if isinstance(task, SaveTensor)]
+
+
+def plan_document(
+    document: Document, options: MergeOptions
+) -> tuple[ModelReference | None, list[SaveTensor]]:
+    """Return the base model of a config, and what mergekit-yaml or mergekit-pytorch would save.
+
+    Raises:
+        UnusableFileError: a local model's files are damaged, missing or quantized.
+        Exception: whatever mergekit raises.
+
+    """
+    config = configuration(document)
+    paths = [Path(model.model.path) for model in config.referenced_models()]
+    for path in filter(Path.exists, paths):
+        for problem in model_files.examine(path).problems:
+            raise UnusableFileError(problem)
+    if any(path.is_file() for path in paths):
+        return plan_single_files(plain(document.root), options)
+    return config.base_model, plan(config, options)[1]
 
 
 def plan_single_files(

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import mergekit_dare
 from mergekit_dare.diagnostics import model_files, planning
-from mergekit_dare.diagnostics.document import Document, choose, plain
+from mergekit_dare.diagnostics.document import Document, choose
+from mergekit_dare.diagnostics.findings import UnusableFileError
 from mergekit_dare.diagnostics.host import configuration
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
@@ -225,16 +226,9 @@ def _check_method(document: Document, out: Path) -> None:
 
 def _plan(document: Document, options: MergeOptions) -> list[SaveTensor]:
     try:
-        config = configuration(document)
-        paths = [Path(model.model.path) for model in config.referenced_models()]
-        for path in filter(Path.exists, paths):
-            for problem in model_files.examine(path).problems:
-                raise CannotTellError(problem)
-        if any(path.is_file() for path in paths):
-            return planning.plan_single_files(plain(document.root), options)[1]
-        return planning.plan(config, options)[1]
-    except CannotTellError:
-        raise
+        return planning.plan_document(document, options)[1]
+    except UnusableFileError as error:
+        raise CannotTellError(str(error)) from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CannotTellError(f"mergekit cannot plan this merge: {reason}") from error
@@ -342,7 +336,11 @@ def _attempts(
             yield what, partial(_merged, save, {}, options, **{name: value})
     for dtype in ("float32", "bfloat16", "float16"):
         what = f"the merge computed from {dtype} inputs and rounded afterwards (dtype, out_dtype)"
-        yield what, partial(_merged, _with_dtype(save, dtype), {}, options)
+        yield what, partial(_merged_from, save, dtype, options)
+
+
+def _merged_from(save: SaveTensor, dtype: str, options: MergeOptions) -> Tensor | None:
+    return _merged(_with_dtype(save, dtype), {}, options)
 
 
 def _with_dtype(save: SaveTensor, dtype: str) -> SaveTensor:

@@ -195,7 +195,7 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
         stochastic=stochastic,
     )
     keys = [term.key for term in terms]
-    key = rounding_key(recipe.seed, base.detach(), keys) if stochastic and terms else 0
+    key = rounding_key(recipe.seed, theta_0.view(base.shape), keys) if stochastic and terms else 0
     return Job(theta_0, terms, steps, recipe.lambda_, key)
 
 

@@ -85,6 +85,10 @@ def test_one_flipped_bit(llamas: Path, tmp_path: Path) -> None:
     assert "a merge that was edited afterwards" in said
 
 
+def noise(tensors: Tensors) -> Tensors:
+    return {name: tensor + 1 for name, tensor in tensors.items()}
+
+
 PATTERNS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "zeros": (lambda t: {k: torch.zeros_like(v) for k, v in t.items()}, "all zeros"),
     "missing": (lambda t: {k: v for k, v in t.items() if k != PROJ}, f"missing: {PROJ}"),
@@ -277,6 +281,8 @@ def test_single_files_and_several_configs(llamas: Path, tmp_path: Path) -> None:
     config = str(tmp_path / "pytorch" / "in.yml")
     code, said = verify(tmp_path / "pytorch" / "out", "--config", config)
     assert code == 0, said
+    code, said = verify(edited(tmp_path / "pytorch" / "out", noise), "--config", config)
+    assert (code, "30 tensors differ" in said) == (1, True), said
     steps = [dare(llamas, names="a", seed=1) | {"name": "one"}, dare(llamas, names="b", seed=1)]
     merge_multi(steps, tmp_path / "multi")
     config = str(tmp_path / "multi" / "in.yml")

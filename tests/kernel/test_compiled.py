@@ -330,8 +330,15 @@ base = torch.arange(1 << 20).float()
 merged = merge(base, [FineTuned('a', base + 1, 1.0)], Recipe(Combine.LINEAR, 'w', 1))
 print(torch.equal(merged, base + 1))
 """
-    variables = {"MERGEKIT_DARE_COMPILE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
-    result = run_command(sys.executable, "-W", "ignore", "-c", program, **variables)
+    result = run_command(
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        program,
+        MERGEKIT_DARE_COMPILE="1",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"),
+    )
     assert result.stdout == "True\n"
     lines = [line for line in result.stderr.splitlines() if "MERGEKIT_DARE_COMPILE" in line]
     assert len(lines) == 1

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from mergekit_dare.kernel import buffers, gradients, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import mask_key
+from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
 from tests.kernel.test_merging import BOTH, assert_same_bits, family, models, randn, recipe
 
@@ -182,4 +183,10 @@ def test_negative_views() -> None:
     negative = [torch._neg_view(-tensor) for tensor in (base, tuned)]
     assert negative[0].is_neg()
     merged = merging.merge(negative[0], models(negative[1:], 0.5, 0.5), recipe(Combine.LINEAR))
+    assert_same_bits(merged, expected)
+    settings = recipe(Combine.LINEAR, rounding=Rounding.STOCHASTIC)
+    base, tuned = base.bfloat16(), tuned.bfloat16()
+    expected = merging.merge(base, models([tuned], 0.5, 0.5), settings)
+    negative = [torch._neg_view(-tensor) for tensor in (base, tuned)]
+    merged = merging.merge(negative[0], models(negative[1:], 0.5, 0.5), settings)
     assert_same_bits(merged, expected)

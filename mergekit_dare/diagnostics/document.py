@@ -19,7 +19,13 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import MergeMethodSpec
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from mergekit_dare.diagnostics.findings import Finding, Severity, UnusableFileError, cut
+from mergekit_dare.diagnostics.findings import (
+    Finding,
+    Severity,
+    UnusableFileError,
+    cut,
+    without_middle,
+)
 
 LARGEST_FILE = 4 << 20
 # Values in a document, those behind an alias counted each time; recipes have a few thousand.
@@ -138,7 +144,7 @@ class Document:
     def finding(self, node: Node, message: str, severity: Severity = Severity.ERROR) -> Finding:
         """Make a finding that points at a node's first line."""
         line = node.start_mark.line
-        text = cut(self.lines[line]) if line < len(self.lines) else ""
+        text = without_middle(self.lines[line].strip()) if line < len(self.lines) else ""
         return Finding(severity, self.path, line + 1, text, message)
 
 

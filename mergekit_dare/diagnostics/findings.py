@@ -57,6 +57,10 @@ def shown(value: object) -> str:
 
 def cut(text: str) -> str:
     """Return a text on one line, without its middle if it is long."""
-    line = " ".join(text.split())
+    return without_middle(" ".join(text.split()))
+
+
+def without_middle(line: str) -> str:
+    """Return a line as it stands, without its middle if it is long."""
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"

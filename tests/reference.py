@@ -141,6 +141,7 @@ def merge(
         of_t = torch.float64
     for k, (theta, weight, density) in enumerate(zip(models, weights, densities, strict=True)):
         delta = torch.where(theta == base, 0.0, theta.double() - theta_0)
+        sign_of_weight = (weight > 0) - (weight < 0)
         if scales is not None:
             t = thresholds_by_magnitude(delta, of_t, scales[k])
             lanes = lanes_of(mask_key(seed, theta), delta.numel())
@@ -148,7 +149,7 @@ def merge(
             factors = weight * 65536 / t if rescale else torch.full_like(t, weight)
             kept = drawn & (density > 0)
             hats.append(torch.where(kept, delta * factors, 0.0))
-            votes.append(torch.where(kept, torch.sign(delta) * math.copysign(1, weight), 0.0))
+            votes.append(torch.where(kept, torch.sign(delta) * sign_of_weight, 0.0))
             continue
         if density == 1:
             mask = torch.ones(delta.shape, dtype=torch.bool)
@@ -159,7 +160,7 @@ def merge(
         factor = weight / met if rescale and density > 0 else weight
         kept = mask & (density > 0)
         hats.append(torch.where(kept, delta * factor, 0.0))
-        votes.append(torch.where(kept, torch.sign(delta) * math.copysign(1, weight), 0.0))
+        votes.append(torch.where(kept, torch.sign(delta) * sign_of_weight, 0.0))
     stacked = torch.stack(hats)
     total = stacked.sum(0)
     magnitude = stacked.abs().sum(0)

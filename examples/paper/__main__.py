@@ -14,7 +14,7 @@ import yaml
 from mergekit.options import MergeOptions
 from transformers.utils import logging
 
-from mergekit_dare.diagnostics import inspection
+from mergekit_dare.diagnostics import inspect_plot, inspect_report, inspection
 from paper import measure, merges, models, report, tasks
 from paper.report import Measured
 from paper.settings import FULL, TOY, Settings
@@ -81,11 +81,11 @@ def _inspect(folder: Path, names: list[str], results: Path) -> dict[str, str]:
     }
     path = folder / "inspect.yml"
     path.write_text(yaml.safe_dump(config))
-    found = inspection.inspect_config(str(path), MergeOptions(quiet=True))
+    found = inspection.inspect_config(str(path), MergeOptions(quiet=True), full=True)
     by_name = {name: found.models[str(folder / name)] for name in names}
     found = inspection.Report(by_name, pairs={})
-    inspection.plot(found, str(results / "deltas.png"))
-    as_json = inspection.as_json(found)["models"]
+    inspect_plot.plot(found, str(results / "deltas.png"))
+    as_json = inspect_report.as_json(found)["models"]
     (results / "inspect.json").write_text(json.dumps(as_json, indent=1) + "\n")
     return {name: str(as_json[name]["verdict"]) for name in names}
 

@@ -4,7 +4,8 @@ The paper (arXiv 2311.03099, section 4.5) finds that DARE works where deltas are
 supervised fine-tuning (SFT) are mostly within 0.005, and drop rates of 0.9 and more do no harm;
 after continued pre-training they reach 0.03, and DARE becomes impractical.
 
-Every element is counted, none is sampled; memory is that of a few chunks beside the tensors.
+Every element that is given is counted; memory is that of a few chunks beside the tensors. Figures
+of a sample are scaled to those of its tensor.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class DeltaStatistics:
     dot_base: float = 0.0
     zeros: int = 0
     non_finite: int = 0
-    histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
+    histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
     def add_chunk(self, deltas: ChunkDeltas, base: Tensor, base_square_sum: float) -> None:
         """Count the deltas of a chunk.
@@ -144,6 +145,31 @@ class DeltaStatistics:
         self.non_finite += other.non_finite
         self.histogram += other.histogram
 
+    def scaled(self, elements: int) -> DeltaStatistics:
+        """Return what is to be expected of a tensor of which this is a sample.
+
+        Args:
+            elements: The tensor's number of elements.
+
+        """
+        seen = self.count + self.non_finite
+        if elements == seen:
+            return self
+        factor = elements / seen
+        non_finite = math.ceil(self.non_finite * factor)
+        return DeltaStatistics(
+            count=elements - non_finite,
+            smallest=self.smallest,
+            largest=self.largest,
+            magnitude_sum=self.magnitude_sum * factor,
+            square_sum=self.square_sum * factor,
+            base_square_sum=self.base_square_sum * factor,
+            dot_base=self.dot_base * factor,
+            zeros=round(self.zeros * factor),
+            non_finite=non_finite,
+            histogram=self.histogram * factor,
+        )
+
     @property
     def mean_magnitude(self) -> float:
         """Mean of |delta|."""
@@ -174,13 +200,14 @@ class DeltaStatistics:
         """Fraction of |delta| above ``magnitude``, to within the bin that it is in."""
         bits = torch.tensor(magnitude, dtype=torch.float32).view(torch.int32)
         first = (int(bits) >> _BIN_SHIFT) + 1
-        return int(self.histogram[first:].sum()) / max(1, self.count)
+        return float(self.histogram[first:].sum()) / max(1, self.count)
 
     def quantile(self, fraction: float) -> float:
         """Return the |delta| that ``fraction`` of the deltas do not exceed, exact to 0.4 %."""
         if self.count == 0:
             return math.nan
-        rank = max(1, math.ceil(fraction * self.count))
+        # of a sample, counts are no whole numbers
+        rank = min(max(1, math.ceil(fraction * self.count)), float(self.histogram.sum()))
         index = int(torch.searchsorted(self.histogram.cumsum(0), rank))
         edges = bin_edges()
         return 0.0 if index == 0 else float(edges[index] + edges[index + 1]) / 2
@@ -237,6 +264,18 @@ class PairStatistics:
         self.both += other.both
         self.conflicts += other.conflicts
 
+    def scaled(self, factor: float) -> PairStatistics:
+        """Return what is to be expected of ``factor`` times as many elements."""
+        if factor == 1:
+            return self
+        first, second = self.square_sums
+        return PairStatistics(
+            dot=self.dot * factor,
+            square_sums=(first * factor, second * factor),
+            both=round(self.both * factor),
+            conflicts=round(self.conflicts * factor),
+        )
+
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two models' deltas."""
@@ -255,6 +294,13 @@ class TensorStatistics:
 
     models: dict[str, DeltaStatistics]
     pairs: dict[tuple[str, str], PairStatistics]
+
+    def add(self, other: TensorStatistics) -> None:
+        """Count all that ``other`` has counted of the same models."""
+        for name, statistics in other.models.items():
+            self.models[name].add(statistics)
+        for pair, found in other.pairs.items():
+            self.pairs[pair].add(found)
 
 
 def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:

@@ -5,25 +5,31 @@ mergekit plans the merge, and what it plans to load is compared with what the he
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from mergekit import merge_methods
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.conversion import convert_checkpoint_tensors
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import SaveTensor
 from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
+from tqdm import tqdm
 from yaml.nodes import Node
 
-from mergekit_dare.diagnostics import model_files, planning
+from mergekit_dare.diagnostics import compatibility, model_files, planning
 from mergekit_dare.diagnostics.document import Document, get, reference, slices
 from mergekit_dare.diagnostics.findings import Finding, Severity, cut
 from mergekit_dare.diagnostics.host import configuration
+from mergekit_dare.diagnostics.hub import Hub
 from mergekit_dare.diagnostics.model_files import ModelFiles, Stored
 
 Findings = Iterator[Finding]
@@ -45,21 +51,31 @@ def check(document: Document, made_here: set[str], *, and_plan: bool) -> Finding
     nodes = _model_nodes(document)
     examined: Examined = {}
     whole = True
+    hub = Hub()
+    remote = [model for model in nodes if not is_local(model.model.path)]
+    waiting = tqdm(total=len(remote), desc="Asking the hub", disable=None if remote else True)
     for model, node in nodes.items():
-        path = None if model.model.path in made_here else _local_path(model)
-        if path is None:
+        name = model.model.path
+        if name in made_here or name.startswith("~"):
             whole = False
-            if model.model.path.startswith("~"):
+            if name not in made_here:
                 message = "mergekit does not know ~; write the whole path"
                 yield document.finding(node, message)
             continue
-        examined[model] = model_files.examine(path)
+        if is_local(name):
+            examined[model] = model_files.examine(Path(name))
+        else:
+            examined[model] = hub.examine(model.model)
+            waiting.update()
         problems = list(examined[model].problems)
-        if model.lora is not None and _is_local(model.lora.path):
+        if model.lora is not None and is_local(model.lora.path):
             problems += model_files.examine_adapter(Path(model.lora.path))
+        elif model.lora is not None:
+            problems += hub.examine_adapter(model.lora)
         for problem in problems:
             whole = False
             yield document.finding(node, problem)
+    waiting.close()
     if not whole or not nodes or not and_plan:
         return
     try:
@@ -68,7 +84,10 @@ def check(document: Document, made_here: set[str], *, and_plan: bool) -> Finding
         return
     if any(Path(model.model.path).is_file() for model in nodes):
         yield from _compare_single_files(document, config, nodes, examined)
-    else:
+        return
+    compared = list(compatibility.check(document, config, nodes, examined))
+    yield from compared
+    if all(finding.severity is not Severity.ERROR for finding in compared):
         yield from _compare_with_plan(document, config, nodes, examined)
 
 
@@ -85,12 +104,8 @@ def _model_nodes(document: Document) -> dict[ModelReference, Node]:
     return nodes
 
 
-def _local_path(model: ModelReference) -> Path | None:
-    """Return where a model is on this machine; ``None`` for one of the hub."""
-    return Path(model.model.path) if _is_local(model.model.path) else None
-
-
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Tell whether a model's name is a path on this machine, and none of the hub."""
     path = Path(name)
     try:
         if path.exists():
@@ -135,19 +150,29 @@ def _compare_with_plan(
 ) -> Findings:
     options = MergeOptions(allow_crimes=False)
     try:
+        remote = {m: examined[m].tensors for m in nodes if not is_local(m.model.path)}
+        if remote and any(arch_info_for_config(m.config()) is None for m in nodes):
+            return  # mergekit would look into the weights of an architecture that it does not know
         layers = _layers(document, config, options)
         problems = list(_layer_problems(document, config, layers, nodes))
         if problems:
             yield from problems
             return
-        _, saves = planning.plan(config, options, merge_adapters=False)
+        _, saves = planning.plan(config, options, merge_adapters=False, names=remote)
     except Exception as error:
         yield document.finding(document.root, f"mergekit cannot plan this merge: {cut(str(error))}")
         return
     tasks = [(s, s.tensor_task) for s in saves if isinstance(s.tensor_task, ExecuteMergeMethodTask)]
+    try:
+        planning.build_tokenizer(saves)
+    except Exception as error:
+        keys = (get(document.root, key) for key in ("tokenizer", "tokenizer_source"))
+        node = next((key for key in keys if key is not None), document.root)
+        yield document.finding(node, f"mergekit cannot build the tokenizer: {cut(str(error))}")
     loaded = [(save, task, _Loaded(task, examined)) for save, task in tasks]
     yield from _missing(document, loaded, nodes)
     yield from _other_shapes(document, loaded, nodes)
+    yield from _room(document, config, loaded, examined)
     base = config.base_model
     if base is not None and config.slices is None and examined[base].tensors:
         yield from _left_out(document, [found for _, _, found in loaded], base, nodes, examined)
@@ -173,19 +198,13 @@ def _layer_problems(
     layers: Mapping[ModelReference, int],
     nodes: Mapping[ModelReference, Node],
 ) -> Findings:
-    """Find models of other numbers of layers, and ranges beyond a model's layers."""
+    """Find ranges beyond a model's layers."""
     for part in config.slices or []:
         for source in part.sources:
             count, last = layers.get(source.model), source.layer_range[1]
             if count is not None and last > count:
                 message = f"layer_range ends at {last}, but {source.model} has {count} layers"
                 yield document.finding(nodes[source.model], message)
-    if config.models:
-        first = config.base_model or config.models[0].model
-        for model in (entry.model for entry in config.models):
-            if layers.get(model) != layers.get(first):
-                message = f"{model} has {layers.get(model)} layers, {first} has {layers.get(first)}"
-                yield document.finding(nodes[model], message)
 
 
 class _Loaded:
@@ -294,6 +313,47 @@ def _other_shapes(
             shapes = f"{tensor.shape} in {model}, {present[first].shape} in {first}"
             name = task.output_weight.name
             yield document.finding(nodes[model], f"tensor {name} is {shapes}{hint}")
+
+
+def _room(
+    document: Document, config: MergeConfiguration, loaded: Loaded, examined: Examined
+) -> Findings:
+    """Say how much a merge fetches and writes, and whether the disks have room for it."""
+    name = config.out_dtype or config.dtype
+    width = None if name is None else torch.empty(0, dtype=dtype_from_name(name)).element_size()
+    writes = 0
+    for _, _, found in loaded:
+        tensor = next((t for t in found.tensors.values() if t is not None), None)
+        if tensor is not None:
+            writes += math.prod(tensor.shape) * (width or _width(tensor.dtype))
+    fetches = sum(files.download for files in examined.values())
+    if fetches:
+        sizes = f"fetches {_readable(fetches)} from the hub first, and writes {_readable(writes)}"
+        yield document.finding(document.root, f"the merge {sizes}", Severity.HINT)
+    needs: dict[Path, int] = {Path.cwd(): writes}
+    if fetches:
+        cache = Path(constants.HF_HUB_CACHE)
+        cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        same_disk = cache.stat().st_dev == Path.cwd().stat().st_dev
+        needs = {Path.cwd(): writes + fetches} if same_disk else needs | {cache: fetches}
+    for folder, needed in needs.items():
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            message = (
+                f"the merge needs {_readable(needed)} on the disk of {cut(str(folder))}, which has "
+                f"{_readable(free)} free"
+            )
+            yield document.finding(document.root, message, Severity.WARNING)
+
+
+def _width(dtype: str) -> int:
+    """Return the bytes of an element, from the name that safetensors gives its dtype."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits[0]) // 8)
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
 
 
 def _left_out(

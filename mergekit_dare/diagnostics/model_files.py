@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import stat
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mergekit_dare.diagnostics.findings import cut
 from mergekit_dare.plugin import quantization
 
 _LARGEST_JSON = 256 << 20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin", "model-", "pytorch_model-")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,27 @@ class ModelFiles:
         problems: One sentence for each, with the file's name.
         tensors: Those that are stored in safetensors, by name.
         config: The content of config.json, if there is one.
+        folder: Where its JSON files lie, if it is not a single file.
+        same_as: Names of JSON files that lie elsewhere, because another model's are the same.
+        is_pickled: Whether its weights are pickled, so that nothing is known of its tensors.
+        download: Bytes that a merge would fetch first.
 
     """
 
     problems: list[str] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    same_as: dict[str, Path] = field(default_factory=dict)
+    is_pickled: bool = False
+    download: int = 0
+
+    def json_file(self, name: str) -> Path | None:
+        """Return where one of its JSON files is, if it has it."""
+        if name in self.same_as:
+            return self.same_as[name]
+        file = None if self.folder is None else self.folder / name
+        return file if file is not None and file.is_file() else None
 
 
 def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
@@ -65,13 +83,40 @@ def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
             found.problems.append(f"there is no folder {cut(str(path))}")
     except (OSError, ValueError, RecursionError) as error:  # a name too long, a NUL in it
         found.problems.append(f"{cut(str(path))} cannot be read: {cut(str(error))}")
+    note_quantization(str(path), found)
+    return found
+
+
+def note_quantization(model: str, found: ModelFiles) -> None:
+    """Make it a problem if the weights are codes."""
     dtypes = {name: tensor.dtype for name, tensor in found.tensors.items()}
     if not found.problems and (kind := quantization.kind(found.config, dtypes)) is not None:
         found.problems.append(
-            f"{cut(str(path))} is quantized ({kind}): a merge would take its codes for weights; "
+            f"{cut(model)} is quantized ({kind}): a merge would take its codes for weights; "
             "dequantize it first, or take the model that it was made from"
         )
-    return found
+
+
+def no_model(names: Iterable[str], model: str) -> str | None:
+    """Say what a folder is instead, if its files are not those of a model.
+
+    Args:
+        names: Of its files.
+        model: How the config names it.
+
+    """
+    found = set(names)
+    if "adapter_config.json" in found and not any(n.startswith(_WEIGHT_STEMS) for n in found):
+        return (
+            f"{cut(model)} is an adapter, no model: write BASE+{cut(model)}, with the model that "
+            "it was trained on as BASE"
+        )
+    if any(n.endswith(".gguf") for n in found) and not any(n.endswith(_WEIGHTS) for n in found):
+        return (
+            f"{cut(model)} has weights as GGUF only, which mergekit does not read: take the model "
+            "in safetensors that they were made from"
+        )
+    return None
 
 
 def examine_adapter(path: Path) -> list[str]:
@@ -84,31 +129,48 @@ def examine_adapter(path: Path) -> list[str]:
 
 
 def _examine_folder(folder: Path, found: ModelFiles, needs_config: bool) -> None:
+    found.folder = folder
+    if (what := no_model((file.name for file in folder.iterdir()), str(folder))) is not None:
+        found.problems.append(what)
+        return
     if needs_config or (folder / "config.json").exists():
-        config = _read_json(folder / "config.json", found)
-        if isinstance(config, dict):
-            found.config = config
-        elif not found.problems:
-            found.problems.append(f"{folder / 'config.json'} holds no settings: it is no mapping")
+        read_config(folder / "config.json", found)
     for file in _weight_files(folder, found):
         _examine_weights(file, found)
 
 
-def _read_json(file: Path, found: ModelFiles) -> object:
-    """Return the content, or ``None`` with a problem noted."""
+def read_config(file: Path, found: ModelFiles) -> None:
+    """Read a model's settings, or note why they cannot be read."""
+    try:
+        config = read_json(file)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    if isinstance(config, dict):
+        found.config = config
+    else:
+        found.problems.append(f"{file} holds no settings: it is no mapping")
+
+
+def read_json(file: Path) -> object:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it is missing, no file, too large, or no JSON; the message names it.
+
+    """
     try:
         if file.exists() and not stat.S_ISREG(file.stat().st_mode):
             raise ValueError("it is no file")
         if file.exists() and file.stat().st_size > _LARGEST_JSON:
             raise ValueError("it is too large")
         content: object = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found.problems.append(f"{cut(str(file))} is missing")
+    except FileNotFoundError as error:
+        raise ValueError(f"{cut(str(file))} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
-        found.problems.append(f"{cut(str(file))} cannot be read as JSON: {cut(str(error))}")
-    else:
-        return content
-    return None
+        message = f"{cut(str(file))} cannot be read as JSON: {cut(str(error))}"
+        raise ValueError(message) from error
+    return content
 
 
 def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
@@ -120,9 +182,14 @@ def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if not index.exists() and not whole.exists():
             continue
+        found.is_pickled = suffix == "bin"
         if not index.exists():
             return [whole]
-        content = _read_json(index, found)
+        try:
+            content = read_json(index)
+        except ValueError as error:
+            found.problems.append(str(error))
+            return []
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             found.problems.append(f"{index} has no weight_map")

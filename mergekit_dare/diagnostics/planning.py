@@ -6,7 +6,7 @@ Its own planners are run, and its own tasks; nothing is written.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from mergekit.architecture import ModelArchitecture, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
@@ -31,7 +32,11 @@ from mergekit_dare.diagnostics.host import configuration
 
 
 def plan(
-    config: MergeConfiguration, options: MergeOptions, *, merge_adapters: bool = True
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    merge_adapters: bool = True,
+    names: Mapping[ModelReference, Iterable[str]] | None = None,
 ) -> tuple[ModelArchitecture, list[SaveTensor]]:
     """Return what mergekit makes of a config's models, and the tensors that it would save.
 
@@ -40,6 +45,8 @@ def plan(
         options: Those that mergekit-yaml would be given.
         merge_adapters: Whether adapters may be merged into their models, which is work and
             needs ``lora_merge_cache``; else the models stand in for them.
+        names: The stored tensors of models that are not on this machine, and are not to be
+            fetched.
 
     Raises:
         Exception: whatever mergekit raises: the models do not fit, or their files are not there.
@@ -51,8 +58,14 @@ def plan(
     cache.setup(options=options)
     # It keeps what it has read of a model; the files may have changed since.
     cache.loaders.clear()
+    for model, stored in (names or {}).items():
+        paths = dict.fromkeys(stored, "not fetched")
+        index = ShardedTensorIndex("", is_safetensors=True, tensor_paths=paths, shards=[])
+        cache.loaders[model] = LazyTensorLoader(index, lazy_unpickle=False)
     if not merge_adapters:
         for model in filter(lambda model: model.lora, config.referenced_models()):
+            if model in cache.loaders:
+                continue
             plain = ModelReference(model=model.model)
             cache.loaders[model] = plain.lazy_loader(cache_dir=options.transformers_cache)
     donor = config.base_model or config.referenced_models()[0]
@@ -118,6 +131,25 @@ def _run(task: Task[Any], results: dict[Task[Any], Any]) -> Any:
     if isinstance(task, BuildTokenizer):
         results[task] = result
     return result
+
+
+def build_tokenizer(saves: Iterable[SaveTensor]) -> None:
+    """Let mergekit build the tokenizer of a plan, if it is to have one; nothing is written.
+
+    Raises:
+        Exception: whatever mergekit or transformers raise.
+
+    """
+    seen: set[Task[Any]] = set()
+    waiting: list[Task[Any]] = list(saves)
+    while waiting:
+        task = waiting.pop()
+        if isinstance(task, BuildTokenizer):
+            _run(task, {})
+            return
+        if task not in seen:
+            seen.add(task)
+            waiting += task.arguments().values()
 
 
 def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:

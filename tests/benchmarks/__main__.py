@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks kernel|memory|process [OPTIONS]``."""
+"""``python -m tests.benchmarks SECTION [OPTIONS]``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ SECTIONS = {
     "kernel": "time of merging one tensor",
     "startup": "what compiled code costs at first, and from what size of merge it pays",
     "memory": "peak memory of merging one tensor, beside inputs and output",
+    "inspecting": "mergekit-dare inspect: a sample, and all weights",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
 }
 

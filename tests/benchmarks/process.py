@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Make the checkpoints, run all commands in turn, and print one row for each."""
     folder: Path = arguments.folder
-    parameters = _make_models(folder)
+    parameters = make_models(folder)
     runs = {
         name: run
         for name, run in RUNS.items()
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         shutil.rmtree(folder)
 
 
-def _make_models(folder: Path) -> int:
+def make_models(folder: Path) -> int:
     """Save a base and three fine-tuned versions in bfloat16; return the number of parameters."""
     config = LlamaConfig(
         vocab_size=32_000,

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergekit_dare.cli import main
-from mergekit_dare.diagnostics import deltas, inspection
+from mergekit_dare.diagnostics import deltas, inspect_plot, inspect_report, inspection
 from mergekit_dare.kernel.sampling import magnitude_scale
 from tests import zoo
 from tests.kernel.test_merging import randn
@@ -87,7 +87,7 @@ def test_figures_of_a_model(name: str, family: Path, tmp_path: Path) -> None:
     norm = np.linalg.norm(delta) / np.linalg.norm(base)
     assert total.relative_norm == pytest.approx(norm, rel=1e-6)
     assert total.zero_share == pytest.approx((delta == 0).mean(), abs=1e-12)
-    for q in inspection.QUANTILES:
+    for q in inspect_report.QUANTILES:
         expected = np.quantile(np.abs(delta), q, method="inverted_cdf")
         assert total.quantile(q) == pytest.approx(expected, rel=0.01)
     for magnitude in (deltas.SMALL, deltas.LARGE):
@@ -243,12 +243,12 @@ def test_plot(family: Path, tmp_path: Path) -> None:
     report = inspection.inspect_config(path, MergeOptions(quiet=True))
     first, second = (model.total for model in report.models.values())
     for total in (first, second):
-        middles, shares = inspection.histogram(total)
+        middles, shares = inspect_plot.histogram(total)
         assert sum(shares) == pytest.approx(1 - total.zero_share, abs=0.001)
         peak = middles[shares.index(max(shares))]
         root_mean_square = math.sqrt(total.square_sum / total.count)
         assert root_mean_square / 3 < peak < root_mean_square * 3
-        densities, noise = inspection.noise_curve(total)
+        densities, noise = inspect_plot.noise_curve(total)
         assert noise[0] == pytest.approx(math.sqrt(99) * total.relative_norm)
         assert densities[-1] == pytest.approx(0.95)
 
@@ -360,7 +360,7 @@ def test_the_report_is_out_whatever_becomes_of_the_plot(
     def fail(*_: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(inspection, "plot", fail)
+    monkeypatch.setattr(inspect_plot, "plot", fail)
     path = write(config(family, "math"), tmp_path / "c.yml")
     code, out, err = run(path, "--plot", str(tmp_path / "p.png"))
     assert code == 2

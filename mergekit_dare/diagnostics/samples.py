@@ -1,0 +1,176 @@
+"""Samples of tensors, evenly spread and the same in every run, read without the rest of the file.
+
+A sample is made of blocks, one in each of as many equal stretches of a tensor, at a place that the
+multiples of the golden ratio give, so that blocks do not fall on the same columns of every row. Of
+safetensors only the pages of those blocks are read, through a memory map.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from torch import Tensor
+
+# Of each tensor: this share of its elements, but never fewer than LEAST if it has them.
+SHARE = 1 / 128
+LEAST = 1 << 16
+# Elements of a block: a page of a file in bfloat16.
+BLOCK = 2048
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_LARGEST_HEADER = 256 << 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def starts(count: int) -> list[int] | None:
+    """Return where the blocks of a tensor of ``count`` elements begin; ``None`` for all of it."""
+    blocks = math.ceil(max(LEAST, count * SHARE) / BLOCK)
+    stretch = count // blocks
+    if stretch <= BLOCK:
+        return None
+    return [i * stretch + int(i * _GOLDEN % 1 * (stretch - BLOCK)) for i in range(blocks)]
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return the blocks of a tensor in row order, shape (blocks, BLOCK), or the tensor itself."""
+    places = starts(tensor.numel())
+    if places is None:
+        return tensor
+    vector = tensor.reshape(-1)
+    return torch.stack([vector[place : place + BLOCK] for place in places])
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sample of a tensor.
+
+    Attributes:
+        values: Of :func:`sample`.
+        shape: The tensor's.
+
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sampled:
+        """Sample a tensor that is in memory."""
+        return cls(sample(tensor.detach()), tuple(tensor.shape))
+
+
+@dataclass
+class Bytes:
+    """How many bytes of tensors there are, and how many of them were read: whole pages."""
+
+    there: int = 0
+    read: int = 0
+
+    @property
+    def share(self) -> float:
+        """Fraction that was read."""
+        return self.read / self.there if self.there else 1.0
+
+
+@dataclass
+class Reader:
+    """Reads samples of the tensors that mergekit would load; used by one thread.
+
+    Attributes:
+        bytes: What was read so far.
+
+    """
+
+    bytes: Bytes = field(default_factory=Bytes)
+    _maps: dict[Path, _Map | None] = field(default_factory=dict)
+
+    def read(self, gather: GatherTensors) -> dict[object, Sampled] | None:
+        """Return samples of what a task would load, by model.
+
+        Tensors that are not there are left out. ``None`` if one of them cannot be sampled: it is
+        pickled, or mergekit makes it of others.
+        """
+        found: dict[object, Sampled] = {}
+        for load in gather.arguments().values():
+            assert isinstance(load, LoadTensor)
+            loader = LoaderCache().get(load.model)
+            name = load._resolve_name(loader)
+            if name is None:
+                if load.optional:
+                    continue
+                return None
+            if not loader.index.is_safetensors:
+                return None
+            made = self._read(Path(loader.index.base_path) / loader.index.tensor_paths[name], name)
+            if made is None:
+                return None
+            dtype = dtype_from_name(load.dtype) or made.values.dtype
+            found[load.model] = Sampled(made.values.to(dtype), made.shape)
+        return found
+
+    def count_whole(self, tensors: dict[object, Tensor]) -> None:
+        """Note that tensors were read as a whole."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.bytes.there += size
+        self.bytes.read += size
+
+    def _read(self, file: Path, name: str) -> Sampled | None:
+        if file not in self._maps:
+            self._maps[file] = _Map.open(file)
+        opened = self._maps[file]
+        return None if opened is None else opened.read(name, self.bytes)
+
+
+class _Map:
+    """A file in safetensors' format, mapped into memory; nothing is read ahead."""
+
+    def __init__(self, content: mmap.mmap, header: dict[str, object], start: int) -> None:
+        self._content, self._header, self._start = content, header, start
+
+    @classmethod
+    def open(cls, file: Path) -> _Map | None:
+        """Map a file; ``None`` if it is none that can be."""
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(_LARGEST_HEADER, os.fstat(opened.fileno()).st_size):
+                return None
+            header = json.loads(opened.read(length))
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            content.madvise(mmap.MADV_RANDOM)
+        return cls(content, header, 8 + length)
+
+    def read(self, name: str, read: Bytes) -> Sampled | None:
+        """Sample a tensor and count its bytes; ``None`` for a dtype that has no deltas."""
+        entry = self._header.get(name)
+        if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+            return None
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        first = self._start + int(entry["data_offsets"][0])
+        size, count = dtype.itemsize, math.prod(shape)
+        if count == 0 or first % size:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot be written to: nobody does
+            vector = torch.frombuffer(self._content, dtype=dtype, count=count, offset=first)
+        read.there += count * size
+        places = starts(count)
+        for place, length in [(0, count)] if places is None else [(p, BLOCK) for p in places]:
+            begin, end = first + place * size, first + (place + length) * size
+            pages = -(-end // mmap.PAGESIZE) - begin // mmap.PAGESIZE
+            read.read += min(pages * mmap.PAGESIZE, count * size)
+        return Sampled(sample(vector.reshape(shape)).clone(), shape)

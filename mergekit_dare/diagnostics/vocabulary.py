@@ -1,0 +1,132 @@
+"""The tokens of a model, its special ones and its chat template, as its tokenizer's files say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_dare.diagnostics.model_files import ModelFiles, read_json
+
+# What holds the tokens of a tokenizer, the first that is there.
+TOKENS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+FILES = (
+    *TOKENS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SPECIAL = ("bos_token", "eos_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer knows.
+
+    Attributes:
+        ids: Every token's id, those of added tokens too.
+        special: The text of its first, last and padding token, by ``SPECIAL``.
+        template: Its chat template, if it has one.
+
+    """
+
+    ids: dict[str, int] = field(default_factory=dict)
+    special: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+
+
+def read(files: ModelFiles) -> Vocabulary | None:
+    """Return what a model's tokenizer knows; ``None`` if it has none.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+
+    """
+    paths = {name: path for name in FILES if (path := files.json_file(name)) is not None}
+    if not paths:
+        return None
+    settings = _mapping(paths.get("tokenizer_config.json"))
+    special = _mapping(paths.get("special_tokens_map.json"))
+    texts = {key: _text(settings.get(key)) or _text(special.get(key)) for key in SPECIAL}
+    return Vocabulary(
+        _tokens(paths),
+        {key: text for key, text in texts.items() if text is not None},
+        _template(paths, settings),
+    )
+
+
+def _mapping(path: Path | None) -> dict[str, Any]:
+    content = None if path is None else read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _text(token: object) -> str | None:
+    """Return a token that is written as a text, or as a mapping with its content."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _tokens(paths: dict[str, Path]) -> dict[str, int]:
+    name = next((name for name in TOKENS if name in paths), None)
+    found: dict[str, int] = {}
+    if name == "tokenizer.json":
+        found = _of_tokenizers(_mapping(paths[name]))
+    elif name == "vocab.json":
+        found = _ids(_mapping(paths[name]))
+    elif name == "vocab.txt":
+        try:
+            lines = paths[name].read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{paths[name]} cannot be read: {error}") from error
+        found = {line: number for number, line in enumerate(lines)}
+    elif name is not None:
+        found = _of_sentencepiece(paths[name].parent)
+    return found | _ids(_mapping(paths.get("added_tokens.json")))
+
+
+def _of_tokenizers(content: dict[str, Any]) -> dict[str, int]:
+    """Read the format of the tokenizers library: pairs with scores where it is a unigram model."""
+    model = content.get("model")
+    tokens = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[str, int] = {}
+    if isinstance(tokens, dict):
+        found = _ids(tokens)
+    elif isinstance(tokens, list):
+        found = {str(p[0]): n for n, p in enumerate(tokens) if isinstance(p, list) and p}
+    added = content.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            found |= _ids({token["content"]: token.get("id")})
+    return found
+
+
+def _of_sentencepiece(folder: Path) -> dict[str, int]:
+    """Let transformers read it, which may need more packages: without them, nothing is known."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokens: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception:
+        return {}
+    return tokens
+
+
+def _ids(tokens: dict[str, Any]) -> dict[str, int]:
+    return {token: number for token, number in tokens.items() if isinstance(number, int)}
+
+
+def _template(paths: dict[str, Path], settings: dict[str, Any]) -> str | None:
+    if (path := paths.get("chat_template.jinja")) is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    found = _mapping(paths.get("chat_template.json")).get("chat_template")
+    found = found or settings.get("chat_template")
+    if isinstance(found, list):  # several with names
+        named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default") or json.dumps(named, sort_keys=True)
+    return found if isinstance(found, str) and found.strip() else None

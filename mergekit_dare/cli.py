@@ -13,6 +13,7 @@ from mergekit_dare import __version__
 # Commands that are imported when they are called: they bring mergekit and torch.
 LAZY = {
     "inspect": ("mergekit_dare.diagnostics.inspect_command", "Measure the deltas of a config."),
+    "suggest": ("mergekit_dare.diagnostics.suggest_command", "Write a config to start from."),
     "verify": ("mergekit_dare.diagnostics.verify_command", "Merge again, and compare the bytes."),
 }
 

@@ -102,24 +102,10 @@ def check(
     examined: Mapping[ModelReference, ModelFiles],
 ) -> Iterator[Finding]:
     """Compare every model of a config with the one whose settings the merged model takes."""
-    described = {
-        model: Described(str(model), files, model.override_architecture)
-        for model, files in examined.items()
-        if files.folder is not None
-    }
-    first = config.base_model or config.referenced_models()[0]
-    if first not in described:
+    described, context = _describe(config, examined)
+    if context is None:
         return
-    donor = described[first]
-    tokenizer = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    template_of: Described | None = donor
-    if config.chat_template:
-        template_of = None
-    elif isinstance(tokenizer, ModelReference):
-        template_of = described.get(tokenizer)
-    context = Context(
-        donor, config.slices is None, bool(config.tokenizer or config.tokenizer_source), template_of
-    )
+    donor = context.donor
     for model, subject in described.items():
         for rule in ALONE:
             for severity, message in rule(subject, context):
@@ -131,6 +117,48 @@ def check(
         # Of another architecture, all else is another, too.
         for severity, message in found[:1] if _other_architecture(subject, donor) else found:
             yield document.finding(nodes[model], message, severity)
+
+
+def helpful_settings(
+    config: MergeConfiguration, examined: Mapping[ModelReference, ModelFiles]
+) -> dict[str, str]:
+    """Return the settings of a config that see to what tokenizers differ in, with the reason."""
+    described, context = _describe(config, examined)
+    if context is None:
+        return {}
+    others = [subject for subject in described.values() if subject is not context.donor]
+    found = {}
+    if any(list(tokens(subject, context)) for subject in others):
+        found["tokenizer_source"] = "the models' tokens are not the same"
+    if any(list(chat_template(subject, context)) for subject in others):
+        found["chat_template"] = "the models' chat templates are not the same"
+    return found
+
+
+def _describe(
+    config: MergeConfiguration, examined: Mapping[ModelReference, ModelFiles]
+) -> tuple[dict[ModelReference, Described], Context | None]:
+    """Return the models that are folders, and what they are compared with, if it is one."""
+    described = {
+        model: Described(str(model), files, model.override_architecture)
+        for model, files in examined.items()
+        if files.folder is not None
+    }
+    first = config.base_model or config.referenced_models()[0]
+    if first not in described:
+        return described, None
+    tokenizer = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    template_of: Described | None = described[first]
+    if config.chat_template:
+        template_of = None
+    elif isinstance(tokenizer, ModelReference):
+        template_of = described.get(tokenizer)
+    return described, Context(
+        described[first],
+        layers=config.slices is None,
+        tokenizer=bool(tokenizer),
+        template_of=template_of,
+    )
 
 
 def pickled(subject: Described, context: Context) -> Said:

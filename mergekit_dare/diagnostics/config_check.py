@@ -30,7 +30,11 @@ def check_file(path: str, *, files: bool = False) -> list[Finding]:
         UnusableFileError: the file cannot be read, is not YAML, or a document is no mapping.
 
     """
-    documents = read(path)
+    return check_documents(read(path), files=files)
+
+
+def check_documents(documents: list[Document], *, files: bool = False) -> list[Finding]:
+    """Check the documents of one file, as :func:`check_file` does."""
     mergekit_dare.register()  # where start-up files do not run
     findings: list[Finding] = []
     for document in documents:
@@ -50,7 +54,7 @@ def check_file(path: str, *, files: bool = False) -> list[Finding]:
     if len(findings) > MOST_FINDINGS:
         last = findings[MOST_FINDINGS]
         message = f"{len(findings) - MOST_FINDINGS} more findings; mend these first"
-        findings[MOST_FINDINGS:] = [Finding(Severity.ERROR, path, last.line, "", message)]
+        findings[MOST_FINDINGS:] = [Finding(Severity.ERROR, last.file, last.line, "", message)]
     return findings
 
 

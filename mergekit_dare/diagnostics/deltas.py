@@ -10,6 +10,7 @@ of a sample are scaled to those of its tensor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -213,6 +214,7 @@ class DeltaStatistics:
         return 0.0 if index == 0 else float(edges[index] + edges[index + 1]) / 2
 
 
+@functools.cache
 def bin_edges() -> Tensor:
     """Return the lower edges of the histogram's bins and the last one's upper edge.
 

@@ -155,7 +155,16 @@ def read(path: str) -> list[Document]:
         UnusableFileError: the file cannot be read, is not YAML, or a document is no mapping.
 
     """
-    text = _read_text(path)
+    return parse(_read_text(path), path)
+
+
+def parse(text: str, path: str) -> list[Document]:
+    """Make documents of a text; ``path`` is what messages name.
+
+    Raises:
+        UnusableFileError: it is not YAML, or a document is no mapping.
+
+    """
     lines = text.splitlines()
     try:
         roots = [root for root in yaml.compose_all(text, yaml.SafeLoader) if root is not None]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mergekit import merge_methods
 from mergekit.architecture import arch_info_for_config, get_architecture_info
 from mergekit.architecture.conversion import convert_checkpoint_tensors
@@ -49,33 +51,10 @@ def check(document: Document, made_here: set[str], *, and_plan: bool) -> Finding
 
     """
     nodes = _model_nodes(document)
-    examined: Examined = {}
-    whole = True
-    hub = Hub()
-    remote = [model for model in nodes if not is_local(model.model.path)]
-    waiting = tqdm(total=len(remote), desc="Asking the hub", disable=None if remote else True)
-    for model, node in nodes.items():
-        name = model.model.path
-        if name in made_here or name.startswith("~"):
-            whole = False
-            if name not in made_here:
-                message = "mergekit does not know ~; write the whole path"
-                yield document.finding(node, message)
-            continue
-        if is_local(name):
-            examined[model] = model_files.examine(Path(name))
-        else:
-            examined[model] = hub.examine(model.model)
-            waiting.update()
-        problems = list(examined[model].problems)
-        if model.lora is not None and is_local(model.lora.path):
-            problems += model_files.examine_adapter(Path(model.lora.path))
-        elif model.lora is not None:
-            problems += hub.examine_adapter(model.lora)
-        for problem in problems:
-            whole = False
-            yield document.finding(node, problem)
-    waiting.close()
+    examined, problems = examine(document, made_here)
+    yield from problems
+    yield from _asked_for(document, nodes)
+    whole = not problems and len(examined) == len(nodes)
     if not whole or not nodes or not and_plan:
         return
     try:
@@ -89,6 +68,42 @@ def check(document: Document, made_here: set[str], *, and_plan: bool) -> Finding
     yield from compared
     if all(finding.severity is not Severity.ERROR for finding in compared):
         yield from _compare_with_plan(document, config, nodes, examined)
+
+
+def examine(document: Document, made_here: set[str]) -> tuple[Examined, list[Finding]]:
+    """Look at the files of every model, here or on the hub, but those that are made here.
+
+    Returns:
+        What was found, and what is wrong with it.
+
+    """
+    nodes = _model_nodes(document)
+    examined: Examined = {}
+    findings = []
+    hub = Hub()
+    remote = [model for model in nodes if not is_local(model.model.path)]
+    waiting = tqdm(total=len(remote), desc="Asking the hub", disable=None if remote else True)
+    for model, node in nodes.items():
+        name = model.model.path
+        if name in made_here:
+            continue
+        if name.startswith("~"):
+            message = "mergekit does not know ~; write the whole path"
+            findings.append(document.finding(node, message))
+            continue
+        if is_local(name):
+            examined[model] = model_files.examine(Path(name))
+        else:
+            examined[model] = hub.examine(model.model)
+            waiting.update()
+        problems = list(examined[model].problems)
+        if model.lora is not None and is_local(model.lora.path):
+            problems += model_files.examine_adapter(Path(model.lora.path))
+        elif model.lora is not None:
+            problems += hub.examine_adapter(model.lora)
+        findings += [document.finding(node, problem) for problem in problems]
+    waiting.close()
+    return examined, findings
 
 
 def _model_nodes(document: Document) -> dict[ModelReference, Node]:
@@ -114,6 +129,35 @@ def is_local(name: str) -> bool:
     except (OSError, ValueError):  # longer than a name may be
         return True
     return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or beside_others
+
+
+def looks_like_the_hubs(name: str) -> bool:
+    """Tell whether mergekit takes a folder's name for one of the hub, perhaps.
+
+    For the model card, after a merge, it asks the hub about names of local models, too, unless they
+    cannot be one of the hub.
+    """
+    if name.startswith(("/", "~")) or name.count("/") > 1 or not is_local(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _asked_for(document: Document, nodes: Mapping[ModelReference, Node]) -> Findings:
+    """Find names of folders for which a merge fails at its very end where there is no network."""
+    for model, node in nodes.items():
+        adapter = [] if model.lora is None else [model.lora.path]
+        for name in filter(looks_like_the_hubs, [model.model.path, *adapter]):
+            offline = constants.HF_HUB_OFFLINE
+            message = (
+                f"after the merge, mergekit asks the hub whether it has a model {name}, and fails "
+                f"{'as HF_HUB_OFFLINE is set' if offline else 'without a network'}; write ./{name}"
+            )
+            severity = Severity.WARNING if offline else Severity.HINT
+            yield document.finding(node, message, severity)
 
 
 def _compare_single_files(

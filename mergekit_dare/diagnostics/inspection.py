@@ -39,6 +39,7 @@ from mergekit_dare.kernel.rounding import NARROW, Rounding
 from mergekit_dare.kernel.sampling import Sampling
 
 STANDING_OUT = 5  # tensors that are named for each model
+CHANGED_BLOCKS = 8  # blocks of a sample that are merged, to see what becomes of them
 
 
 @dataclass
@@ -300,7 +301,9 @@ def _add_tensor(
             magnitude = magnitude_noise(statistics, density)
             of_model.noise_square_sums[Sampling.MAGNITUDE] += magnitude
     if not reasons and all(not m.total.non_finite for m in report.models.values()):
-        _add_change(report, task, base, tensors, factor)
+        every = max(1, len(base) // CHANGED_BLOCKS) if factor > 1 else 1
+        few = {model: tensor[::every] for model, tensor in tensors.items()}
+        _add_change(report, task, base[::every], few, elements / max(1, base[::every].numel()))
 
 
 def _measure(

@@ -23,11 +23,15 @@ from mergekit_dare.kernel.merging import FineTuned
 
 LOG = logging.getLogger("mergekit_dare")
 
-# Elements that are looked at in each tensor: this many blocks, evenly spaced, of this length.
-# Smaller tensors are left out: they are few of a model's deltas, and looking would take a good
-# part of the time of merging them.
+# Elements that are looked at in each tensor: this many blocks, evenly spaced, of this length, or
+# all of it.
 BLOCKS, BLOCK = 64, 128
-SMALLEST = 1 << 19
+# Tensors under LARGE_TENSOR are few of a model's deltas, and looking takes a good part of the time
+# of merging them. They are looked at while there was none that is larger: the first FEW, and of the
+# others one in EVERY. Those under SMALLEST are left out.
+LARGE_TENSOR = 1 << 19
+SMALLEST = 1 << 10
+FEW, EVERY = 64, 8
 # Fine-tuning moves a model by a few percent of its norm.
 TOO_LARGE_NORM = 0.5
 
@@ -60,6 +64,8 @@ class RangeWatch:
 
     def __init__(self) -> None:
         self._seen: dict[str, Seen] = {}
+        self._small = 0  # tensors under LARGE_TENSOR so far
+        self._has_large = False
         self._lock = threading.Lock()
 
     def look(self, base: Tensor, models: Sequence[FineTuned], tensor_name: str) -> None:
@@ -72,7 +78,7 @@ class RangeWatch:
 
         """
         dropped = [model for model in models if model.density < 1 and model.weight != 0]
-        if not dropped or base.numel() < SMALLEST:
+        if not dropped or not self._is_due(base.numel()):
             return
         with torch.inference_mode():
             sample = torch.stack([_sample(base), *(_sample(model.tensor) for model in dropped)])
@@ -82,7 +88,7 @@ class RangeWatch:
             norms = torch.linalg.vector_norm(magnitudes, dim=1)
             large = magnitudes.gt_(LARGE).sum(1)  # in place: a bool tensor takes five times as long
             (_, *large_counts), (base_norm, *delta_norms) = torch.stack([large, norms]).tolist()
-        size = BLOCKS * BLOCK
+        size = sample.shape[1]
         scale = base.numel() / size
         with self._lock:
             for model, count, norm in zip(dropped, large_counts, delta_norms, strict=True):
@@ -95,6 +101,17 @@ class RangeWatch:
                 if found > seen.worst:
                     seen.worst_tensor, seen.worst = tensor_name, found
 
+    def _is_due(self, elements: int) -> bool:
+        """Tell whether a tensor of that size is looked at."""
+        if elements >= LARGE_TENSOR:
+            self._has_large = True
+            return True
+        if elements < SMALLEST or self._has_large:
+            return False
+        with self._lock:
+            self._small += 1
+            return self._small <= FEW or self._small % EVERY == 0
+
     def warnings(self) -> list[str]:
         """Return one sentence for each model that left the range, and forget all."""
         with self._lock:
@@ -105,6 +122,7 @@ class RangeWatch:
                 if (problem := _problem(seen)) is not None
             ]
             self._seen.clear()
+            self._small, self._has_large = 0, False
         return sentences
 
     def report(self) -> None:
@@ -114,8 +132,10 @@ class RangeWatch:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return evenly spaced blocks of a tensor in row order, shape (BLOCKS, BLOCK)."""
+    """Return evenly spaced blocks of a tensor in row order, shape (blocks, length)."""
     vector = tensor.detach().reshape(-1).contiguous()
+    if vector.numel() < BLOCKS * BLOCK:
+        return vector.unsqueeze(0)
     stride = vector.numel() // BLOCKS
     return vector.as_strided((BLOCKS, BLOCK), (stride, 1))
 

@@ -36,18 +36,26 @@ _DTYPES = {
 }
 
 
-def starts(count: int) -> list[int] | None:
-    """Return where the blocks of a tensor of ``count`` elements begin; ``None`` for all of it."""
+def starts(count: int, ahead: int = 0) -> list[int] | None:
+    """Return where the blocks of a tensor begin; ``None`` for all of it.
+
+    Args:
+        count: Its number of elements.
+        ahead: How many elements a page of the file holds before its first one: blocks begin with
+            a page, so that no more pages are read than need be.
+
+    """
     blocks = math.ceil(max(LEAST, count * SHARE) / BLOCK)
     stretch = count // blocks
-    if stretch <= BLOCK:
+    if stretch < 2 * BLOCK:  # more than half of it
         return None
-    return [i * stretch + int(i * _GOLDEN % 1 * (stretch - BLOCK)) for i in range(blocks)]
+    places = [i * stretch + int(i * _GOLDEN % 1 * (stretch - BLOCK)) for i in range(blocks)]
+    return [max(0, (place + ahead) // BLOCK * BLOCK - ahead) for place in places]
 
 
-def sample(tensor: Tensor) -> Tensor:
+def sample(tensor: Tensor, ahead: int = 0) -> Tensor:
     """Return the blocks of a tensor in row order, shape (blocks, BLOCK), or the tensor itself."""
-    places = starts(tensor.numel())
+    places = starts(tensor.numel(), ahead)
     if places is None:
         return tensor
     vector = tensor.reshape(-1)
@@ -105,6 +113,7 @@ class Reader:
         pickled, or mergekit makes it of others.
         """
         found: dict[object, Sampled] = {}
+        parts: list[tuple[LoadTensor, _Stored]] = []
         for load in gather.arguments().values():
             assert isinstance(load, LoadTensor)
             loader = LoaderCache().get(load.model)
@@ -115,11 +124,16 @@ class Reader:
                 return None
             if not loader.index.is_safetensors:
                 return None
-            made = self._read(Path(loader.index.base_path) / loader.index.tensor_paths[name], name)
-            if made is None:
+            file = Path(loader.index.base_path) / loader.index.tensor_paths[name]
+            stored = self._stored(file, name)
+            if stored is None:
                 return None
-            dtype = dtype_from_name(load.dtype) or made.values.dtype
-            found[load.model] = Sampled(made.values.to(dtype), made.shape)
+            parts.append((load, stored))
+        for load, stored in parts:
+            # The same elements of all models, whose files have most often the same layout.
+            values = stored.read(parts[0][1].ahead, self.bytes)
+            dtype = dtype_from_name(load.dtype) or values.dtype
+            found[load.model] = Sampled(values.to(dtype), stored.shape)
         return found
 
     def count_whole(self, tensors: dict[object, Tensor]) -> None:
@@ -128,11 +142,43 @@ class Reader:
         self.bytes.there += size
         self.bytes.read += size
 
-    def _read(self, file: Path, name: str) -> Sampled | None:
+    def _stored(self, file: Path, name: str) -> _Stored | None:
         if file not in self._maps:
             self._maps[file] = _Map.open(file)
         opened = self._maps[file]
-        return None if opened is None else opened.read(name, self.bytes)
+        return None if opened is None else opened.find(name)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a mapped file.
+
+    Attributes:
+        vector: Its elements, of which none was read.
+        shape: Its shape.
+        first: Where it begins in the file, in bytes.
+
+    """
+
+    vector: Tensor
+    shape: tuple[int, ...]
+    first: int
+
+    @property
+    def ahead(self) -> int:
+        """How many elements the page that it begins in could hold before it."""
+        return self.first % mmap.PAGESIZE // self.vector.element_size()
+
+    def read(self, ahead: int, read: Bytes) -> Tensor:
+        """Return a copy of its sample, and count what is read: whole pages."""
+        size, count = self.vector.element_size(), self.vector.numel()
+        read.there += count * size
+        places = starts(count, ahead)
+        for place, length in [(0, count)] if places is None else [(p, BLOCK) for p in places]:
+            begin, end = self.first + place * size, self.first + (place + length) * size
+            pages = -(-end // mmap.PAGESIZE) - begin // mmap.PAGESIZE
+            read.read += min(pages * mmap.PAGESIZE, count * size)
+        return sample(self.vector.reshape(self.shape), ahead).clone()
 
 
 class _Map:
@@ -154,23 +200,16 @@ class _Map:
             content.madvise(mmap.MADV_RANDOM)
         return cls(content, header, 8 + length)
 
-    def read(self, name: str, read: Bytes) -> Sampled | None:
-        """Sample a tensor and count its bytes; ``None`` for a dtype that has no deltas."""
+    def find(self, name: str) -> _Stored | None:
+        """Return a tensor; ``None`` if it has no deltas, or cannot be mapped."""
         entry = self._header.get(name)
         if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
             return None
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        first = self._start + int(entry["data_offsets"][0])
-        size, count = dtype.itemsize, math.prod(shape)
-        if count == 0 or first % size:
+        first, count = self._start + int(entry["data_offsets"][0]), math.prod(shape)
+        if count == 0 or first % dtype.itemsize:
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it cannot be written to: nobody does
             vector = torch.frombuffer(self._content, dtype=dtype, count=count, offset=first)
-        read.there += count * size
-        places = starts(count)
-        for place, length in [(0, count)] if places is None else [(p, BLOCK) for p in places]:
-            begin, end = first + place * size, first + (place + length) * size
-            pages = -(-end // mmap.PAGESIZE) - begin // mmap.PAGESIZE
-            read.read += min(pages * mmap.PAGESIZE, count * size)
-        return Sampled(sample(vector.reshape(shape)).clone(), shape)
+        return _Stored(vector, shape, first)

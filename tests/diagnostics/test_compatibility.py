@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mergekit_dare.diagnostics.config_check import Finding, Severity, check_file
 from tests import zoo
-from tests.running import Config, dare, write
+from tests.running import Config, dare, merge_yaml, write
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 Edit = Callable[[Path], object]
@@ -314,6 +315,26 @@ def test_room_on_the_disk(models: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (finding,) = found(config, tmp_path)
     assert finding.severity is WARNING
     assert "the merge needs 0.1 MB" in finding.message
+
+
+def test_names_that_mergekit_asks_the_hub_for(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that could be the hub's makes a merge fail at its end, offline; ./ mends it."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name, asks in (("a", True), ("./a", False), (str(tmp_path / "a"), False)):
+        config = dare(tmp_path, names="a", seed=1)
+        config["models"][0]["model"] = name
+        messages = [finding.message for finding in found(config, tmp_path)]
+        assert len(messages) == asks
+        if asks:
+            assert "asks the hub whether it has a model a" in messages[0]
+            assert messages[0].endswith("as HF_HUB_OFFLINE is set; write ./a")
+            with pytest.raises(OfflineModeIsEnabled):
+                merge_yaml(config, tmp_path / "merge")
+        else:
+            merge_yaml(config, tmp_path / "merge")
 
 
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")

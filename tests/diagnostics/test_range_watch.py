@@ -67,12 +67,28 @@ def test_no_warning(scale: float, weight: float, density: float) -> None:
     assert watch.warnings() == []
 
 
-def test_small_tensors_are_left_out() -> None:
+def test_small_tensors_are_looked_at_while_there_is_no_large_one() -> None:
     watch = RangeWatch()
     theta = tuned(LARGE_SCALE)
-    for rows, warnings in ((SIDE // 2 - 1, 0), (SIDE // 2, 1)):
-        watch.look(base()[:rows], [FineTuned("m", theta[:rows], 1.0, 0.5)], "w")
-        assert len(watch.warnings()) == warnings
+
+    def look(elements: int) -> int:
+        """Return how many warnings there are after one more tensor."""
+        shown = [t.flatten()[:elements] for t in (base(), theta)]
+        watch.look(shown[0], [FineTuned("m", shown[1], 1.0, 0.5)], "w")
+        seen = watch._seen.get("m")
+        return 0 if seen is None else seen.elements
+
+    assert look(range_watch.SMALLEST - 1) == 0
+    assert look(range_watch.SMALLEST) == range_watch.SMALLEST
+    assert look(20_000) == range_watch.SMALLEST + 20_000
+    assert len(watch.warnings()) == 1
+    assert look(20_000) == 20_000
+    assert look(range_watch.LARGE_TENSOR) == 20_000 + range_watch.LARGE_TENSOR
+    assert look(20_000) == 20_000 + range_watch.LARGE_TENSOR
+    assert len(watch.warnings()) == 1
+    for _ in range(range_watch.FEW + 10 * range_watch.EVERY):
+        total = look(2048)
+    assert total == (range_watch.FEW + 10) * 2048
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -102,9 +118,10 @@ def test_a_vector_of_every_second_element() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_merge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [5000, zoo.VOCABULARY], ids=["large", "small"])
+def test_a_real_merge(vocab_size: int, tmp_path: Path) -> None:
     """One line on stderr for the model whose deltas are large, none for the other; exit code 0."""
-    size = {"vocab_size": 5000, "hidden_size": 128}
+    size = {"vocab_size": vocab_size, "hidden_size": 128}
     zoo.make_family(zoo.llama_of(**size), tmp_path, names="a")
     zoo.make_family(zoo.llama_of(**size), tmp_path, names="b", scale=0.0095)
     config: Config = {
@@ -116,10 +133,12 @@ def test_a_real_merge(tmp_path: Path) -> None:
         ],
         "tokenizer_source": None,
     }
-    assert size["vocab_size"] * size["hidden_size"] >= range_watch.SMALLEST
+    is_large = vocab_size * size["hidden_size"] >= range_watch.LARGE_TENSOR
+    assert is_large == (vocab_size != zoo.VOCABULARY)
     path = write(config, tmp_path / "config.yml")
     said = run_command("mergekit-yaml", path, str(tmp_path / "out"), "--quiet").stderr
     (line,) = [line for line in said.splitlines() if "mergekit-dare inspect" in line]
     assert f"model {tmp_path / 'b'}: about " in line
-    assert re.search("most of all in tensor (lm_head|model.embed_tokens).weight", line)
+    if is_large:
+        assert re.search("most of all in tensor (lm_head|model.embed_tokens).weight", line)
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -336,9 +336,8 @@ def tokens(subject: Described, context: Context) -> Said:
             WARNING,
             (
                 f"{_number(here)} of {subject.name} ({_examples(map(repr, here))}) "
-                f"{_are(here)} not in {donor}, whose tokenizer the merged model takes and does not "
-                f"know {'it' if len(here) == 1 else 'them'}; set tokenizer_source: union, or "
-                f"{subject.name}"
+                f"{_are(here)} unknown to {donor}, whose tokenizer the merged model takes; set "
+                f"tokenizer_source: union, or {subject.name}"
             ),
         )
     elif there:

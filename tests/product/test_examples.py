@@ -97,4 +97,4 @@ def test_configs_in_the_readme_are_valid() -> None:
 def test_command_to_see_that_it_is_active() -> None:
     (command,) = re.findall(r'^python -c "(.*get\(.*)"$', README, re.MULTILINE)
     result = run_command(sys.executable, "-c", command)
-    assert result.stdout in README
+    assert f"prints `{result.stdout.strip()}`" in README

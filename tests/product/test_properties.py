@@ -26,6 +26,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from torch import Tensor
 
+import mergekit_dare
 from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
 from mergekit_dare.kernel import buffers, merging
 from mergekit_dare.kernel.formula import Combine
@@ -194,7 +195,7 @@ def _small_chunks() -> Any:
         yield
 
 
-@cases(8000)
+@cases(4000)
 @given(merges())
 def test_any_merge(case: Case) -> None:
     """Right to the error bound, or an error for the very reason that there is."""
@@ -379,7 +380,7 @@ def plan(config: Any) -> None:
     MergePlanner(merge_config, architecture, options, out_config).plan_to_disk("unused")
 
 
-@cases(600)
+@cases(250)
 @given(data=st.data())
 def test_valid_configs_are_clean_and_planned(data: st.DataObject, folder: Path) -> None:
     config = data.draw(configs(folder))
@@ -389,7 +390,7 @@ def test_valid_configs_are_clean_and_planned(data: st.DataObject, folder: Path) 
     plan(yaml.safe_load(path.read_text()))
 
 
-@cases(1200)
+@cases(500)
 @given(data=st.data())
 def test_mutated_configs(data: st.DataObject, folder: Path) -> None:
     """Where planning fails by a value that we refuse, check has said so; we never crash."""
@@ -400,13 +401,13 @@ def test_mutated_configs(data: st.DataObject, folder: Path) -> None:
     _, error = attempt(lambda: plan(yaml.safe_load(path.read_text())))
     if error is not None:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if Path(last.filename).parent == Path(merging.__file__).parent:
+        if Path(mergekit_dare.__file__).parent in Path(last.filename).parents:
             assert type(error) is ValueError
             assert "\n" not in str(error)
             assert said, error
 
 
-@cases(1500)
+@cases(600)
 @given(data=st.data())
 def test_any_text_is_checked_or_refused(data: st.DataObject, folder: Path) -> None:
     text = yaml.safe_dump(data.draw(configs(folder)), sort_keys=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ CONFIG_FILE, CARD_FILE = "mergekit_config.yml", "README.md"
 DRAWING = ("dare_linear", "dare_ties", "della", "della_linear")
 # Versions of this package whose merges come out the same as this one's, to the byte.
 SAME_BYTES = ("0.1.0",)
+# How far two draws' shares of changed elements are apart: by chance, and by what rounding hides.
+SIGMAS, MOST_ROUNDED_AWAY = 6, 0.02
 WORST = 10  # tensors that are named
 FEW = 0.1  # of all tensors: if no more differ, the rest is as merged
 
@@ -317,6 +320,28 @@ def _causes(
         if merged is not None and _is_same(merged.to(actual.dtype), actual):
             yield what
             return
+    if _is_drawn_otherwise(save, actual, options):
+        yield (
+            "a merge that was drawn otherwise: as many elements are changed, but others; with "
+            "another seed, or by mergekit's own method of that name, which draws anew in each run"
+        )
+
+
+def _is_drawn_otherwise(save: SaveTensor, actual: Tensor, options: MergeOptions) -> bool:
+    """Tell whether as many of the base's elements are changed as the config changes, but others."""
+    task = save.tensor_task
+    assert isinstance(task, ExecuteMergeMethodTask)
+    expected, base = _merged(save, {}, options), planning.loaded(task, {}).get(task.base_model)
+    if task.method_name not in DRAWING or expected is None or base is None:
+        return False
+    if not actual.shape == expected.shape == base.shape:
+        return False
+    ours, theirs = (t.to(base.dtype) != base for t in (expected, actual))
+    shares = [float(changed.double().mean()) for changed in (ours, theirs)]
+    error = SIGMAS * math.sqrt(shares[0] * (1 - shares[0]) / base.numel()) + MOST_ROUNDED_AWAY
+    return (
+        0 < shares[0] < 1 and abs(shares[0] - shares[1]) < error and not torch.equal(ours, theirs)
+    )
 
 
 def _attempts(

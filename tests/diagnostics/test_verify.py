@@ -28,7 +28,15 @@ from mergekit_dare.kernel.merging import FineTuned, Recipe
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
 from tests import zoo
-from tests.running import Config, dare, merge_multi, merge_pytorch, merge_yaml
+from tests.running import (
+    Config,
+    dare,
+    merge_multi,
+    merge_pytorch,
+    merge_yaml,
+    run_command,
+    write,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +143,26 @@ def test_another_recipe(
     code, said = verify(tmp_path / "other" / "out")
     assert code == 1
     assert message in said
+
+
+@pytest.mark.slow
+def test_drawn_otherwise(llamas: Path, tmp_path: Path) -> None:
+    """A seed that nobody would try, and mergekit's own method, where no card tells of it."""
+    out = merged(llamas, tmp_path)
+    config = yaml.safe_load((out / "mergekit_config.yml").read_text())
+    other = config | {"parameters": config["parameters"] | {"seed": 987}}
+    merge_yaml(other, tmp_path / "seed")
+    path = write(config, tmp_path / "own.yml")
+    own = tmp_path / "own"
+    run_command("mergekit-yaml", path, str(own), "--quiet", MERGEKIT_DARE="0")
+    (own / "README.md").unlink()
+    for folder in (tmp_path / "seed" / "out", own):
+        shutil.copy(out / "mergekit_config.yml", folder)
+        code, said = verify(folder)
+        assert code == 1
+        assert "a merge that was drawn otherwise: as many elements are changed, but others" in said
+    edited(own, noise)
+    assert "drawn otherwise" not in verify(own)[1]
 
 
 def test_the_seed_of_the_command_line(llamas: Path, tmp_path: Path) -> None:

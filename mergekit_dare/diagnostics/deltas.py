@@ -133,43 +133,24 @@ class DeltaStatistics:
         bins = magnitude.view(torch.int32).bitwise_right_shift_(_BIN_SHIFT)
         self.histogram += torch.bincount(bins, minlength=_BINS).cpu()
 
-    def add(self, other: DeltaStatistics) -> None:
-        """Count all that ``other`` has counted."""
-        self.count += other.count
-        self.smallest = min(self.smallest, other.smallest)
-        self.largest = max(self.largest, other.largest)
-        self.magnitude_sum += other.magnitude_sum
-        self.square_sum += other.square_sum
-        self.base_square_sum += other.base_square_sum
-        self.dot_base += other.dot_base
-        self.zeros += other.zeros
-        self.non_finite += other.non_finite
-        self.histogram += other.histogram
-
-    def scaled(self, elements: int) -> DeltaStatistics:
-        """Return what is to be expected of a tensor of which this is a sample.
+    def add(self, other: DeltaStatistics, factor: float = 1.0) -> None:
+        """Count all that ``other`` has counted.
 
         Args:
-            elements: The tensor's number of elements.
+            other: Of another tensor, or of a sample.
+            factor: How many times as many elements the tensor has as its sample.
 
         """
-        seen = self.count + self.non_finite
-        if elements == seen:
-            return self
-        factor = elements / seen
-        non_finite = math.ceil(self.non_finite * factor)
-        return DeltaStatistics(
-            count=elements - non_finite,
-            smallest=self.smallest,
-            largest=self.largest,
-            magnitude_sum=self.magnitude_sum * factor,
-            square_sum=self.square_sum * factor,
-            base_square_sum=self.base_square_sum * factor,
-            dot_base=self.dot_base * factor,
-            zeros=round(self.zeros * factor),
-            non_finite=non_finite,
-            histogram=self.histogram * factor,
-        )
+        self.count += round(other.count * factor)
+        self.smallest = min(self.smallest, other.smallest)
+        self.largest = max(self.largest, other.largest)
+        self.magnitude_sum += other.magnitude_sum * factor
+        self.square_sum += other.square_sum * factor
+        self.base_square_sum += other.base_square_sum * factor
+        self.dot_base += other.dot_base * factor
+        self.zeros += round(other.zeros * factor)
+        self.non_finite += math.ceil(other.non_finite * factor)
+        self.histogram.add_(other.histogram, alpha=factor)
 
     @property
     def mean_magnitude(self) -> float:
@@ -258,25 +239,13 @@ class PairStatistics:
             )
         )
 
-    def add(self, other: PairStatistics) -> None:
-        """Count all that ``other`` has counted."""
-        self.dot += other.dot
+    def add(self, other: PairStatistics, factor: float = 1.0) -> None:
+        """Count all that ``other`` has counted, ``factor`` times."""
+        self.dot += other.dot * factor
         (a, b), (c, d) = self.square_sums, other.square_sums
-        self.square_sums = (a + c, b + d)
-        self.both += other.both
-        self.conflicts += other.conflicts
-
-    def scaled(self, factor: float) -> PairStatistics:
-        """Return what is to be expected of ``factor`` times as many elements."""
-        if factor == 1:
-            return self
-        first, second = self.square_sums
-        return PairStatistics(
-            dot=self.dot * factor,
-            square_sums=(first * factor, second * factor),
-            both=round(self.both * factor),
-            conflicts=round(self.conflicts * factor),
-        )
+        self.square_sums = (a + c * factor, b + d * factor)
+        self.both += round(other.both * factor)
+        self.conflicts += round(other.conflicts * factor)
 
     @property
     def cosine(self) -> float:
@@ -296,13 +265,6 @@ class TensorStatistics:
 
     models: dict[str, DeltaStatistics]
     pairs: dict[tuple[str, str], PairStatistics]
-
-    def add(self, other: TensorStatistics) -> None:
-        """Count all that ``other`` has counted of the same models."""
-        for name, statistics in other.models.items():
-            self.models[name].add(statistics)
-        for pair, found in other.pairs.items():
-            self.pairs[pair].add(found)
 
 
 def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:

@@ -23,7 +23,6 @@ from mergekit_dare.diagnostics import planning
 from mergekit_dare.diagnostics.deltas import (
     DeltaStatistics,
     PairStatistics,
-    TensorStatistics,
     Verdict,
     judge,
     magnitude_noise,
@@ -52,7 +51,7 @@ class ModelReport:
         noise_square_sums: Sum of the variances of the noise that DARE adds at the config's
             densities, by sampling.
         densities: Every density that the config gives it.
-        halves: Statistics of either half of the sample, for how much they differ.
+        halves: Statistics of either half of the samples, for how much they differ.
 
     """
 
@@ -285,21 +284,21 @@ def _add_tensor(
     elements = math.prod(base_shape)
     factor = elements / max(1, base.numel())
     report.is_sampled |= factor > 1
-    measured = _measure(report, base, fine_tuned, elements)
+    measured = _measure(report, base, fine_tuned, factor)
     for model in task.input_parameters:
         if str(model) not in measured:
             continue
         statistics, of_model = measured[str(model)], report.models[str(model)]
         density = float(dict(task.input_parameters[model].items()).get("density", 1.0))
-        of_model.total.add(statistics)
+        of_model.total.add(statistics, factor)
         largest = max(-statistics.smallest, statistics.largest) + 0.0  # not -0.0
         of_model.tensors[name] = (largest, statistics.relative_norm)
         of_model.densities.add(density)
         if density > 0:
             uniform = noise_factor(density) ** 2 * statistics.square_sum
-            of_model.noise_square_sums[Sampling.UNIFORM] += uniform
+            of_model.noise_square_sums[Sampling.UNIFORM] += factor * uniform
             magnitude = magnitude_noise(statistics, density)
-            of_model.noise_square_sums[Sampling.MAGNITUDE] += magnitude
+            of_model.noise_square_sums[Sampling.MAGNITUDE] += factor * magnitude
     if not reasons and all(not m.total.non_finite for m in report.models.values()):
         every = max(1, len(base) // CHANGED_BLOCKS) if factor > 1 else 1
         few = {model: tensor[::every] for model, tensor in tensors.items()}
@@ -307,30 +306,24 @@ def _add_tensor(
 
 
 def _measure(
-    report: Report, base: Tensor, fine_tuned: dict[str, Tensor], elements: int
+    report: Report, base: Tensor, fine_tuned: dict[str, Tensor], factor: float
 ) -> dict[str, DeltaStatistics]:
-    """Measure the halves of a sample, every other block; return what the tensor's are by model."""
-    if base.numel() == elements:
-        measured = measure(base, fine_tuned)
-        halves = (measured, measured)
-    else:
-        one, other = (
-            measure(base[k::2], {name: tensor[k::2] for name, tensor in fine_tuned.items()})
-            for k in range(2)
-        )
-        halves = (one, other)
-        measured = TensorStatistics(
-            {name: DeltaStatistics() for name in fine_tuned},
-            {pair: PairStatistics() for pair in one.pairs},
-        )
-        for half in halves:
-            measured.add(half)
-    for pair, found in measured.pairs.items():
-        report.pairs[pair].add(found.scaled(elements / max(1, base.numel())))
-    for name in fine_tuned:
-        for total, half in zip(report.models[name].halves, halves, strict=True):
-            total.add(half.models[name].scaled(elements))
-    return {name: found.scaled(elements) for name, found in measured.models.items()}
+    """Measure the halves of a sample, every other block; return the whole sample's by model."""
+    count = 1 if factor == 1 else 2
+    halves = [
+        measure(base[k::count], {name: tensor[k::count] for name, tensor in fine_tuned.items()})
+        for k in range(count)
+    ]
+    for half in halves:
+        for pair, found in half.pairs.items():
+            report.pairs[pair].add(found, factor)
+    measured = halves[0].models
+    for name, statistics in measured.items():
+        if count == 2:
+            for total, half in zip(report.models[name].halves, halves, strict=True):
+                total.add(half.models[name], factor)
+            statistics.add(halves[1].models[name])
+    return measured
 
 
 def _add_change(

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
 from mergekit_dare.diagnostics import inspect_report, inspection, samples
+from mergekit_dare.diagnostics.deltas import DeltaStatistics, measure
 from tests import zoo
 from tests.kernel.test_merging import randn
 from tests.running import dare, run_command, write
@@ -155,20 +156,17 @@ def test_only_the_pages_of_a_sample_are_counted(tmp_path: Path) -> None:
     assert read.read == values.numel() * 2 + (4096 if found.ahead else 0)
 
 
-def test_scaled_statistics(models: Path) -> None:
-    """A sample of a sample: twice the elements, twice every sum."""
-    del models
+def test_scaled_statistics() -> None:
+    """Of a sample, as of a tensor of twice its elements: twice every sum, the same quantiles."""
     base, tuned = randn(0, 1000), randn(1, 1000)
-    from mergekit_dare.diagnostics.deltas import measure
-
     (found,) = measure(base, {"a": tuned}).models.values()
-    twice = found.scaled(2000)
+    twice = DeltaStatistics()
+    twice.add(found, 2.0)
     assert twice.count == 2000
     assert twice.relative_norm == pytest.approx(found.relative_norm)
     assert twice.square_sum == pytest.approx(2 * found.square_sum)
-    assert twice.quantile(0.5) == found.quantile(0.5)
-    assert twice.quantile(1.0) == found.quantile(1.0)
-    assert found.scaled(1000) is found
+    for fraction in (0.0, 0.5, 1.0):
+        assert twice.quantile(fraction) == found.quantile(fraction)
 
 
 @pytest.mark.slow

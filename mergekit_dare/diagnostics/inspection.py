@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -226,6 +226,8 @@ def inspect_document(
         report = Report({name: ModelReport() for name in names}, pairs)
         reader = Reader()
         kept: dict[Any, Any] = {}
+        if not full:
+            stack.enter_context(_one_thread())
         for task in tqdm(tasks, desc="Measuring deltas", disable=options.quiet):
             gather = task.gather_tensors
             found = None
@@ -240,6 +242,17 @@ def inspect_document(
             _add_tensor(report, task, found, options.device or "cpu")
         report.share_read = 1.0 if full else reader.bytes.share
     return report
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: in short operations, several wait longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_device(device: str | None) -> None:

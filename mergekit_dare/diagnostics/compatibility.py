@@ -52,7 +52,7 @@ class Described:
     def config(self) -> PretrainedConfig | None:
         """Its settings as transformers reads them, which fills in what older files leave out."""
         try:
-            config = AutoConfig.from_pretrained(self.files.folder)
+            config = AutoConfig.from_pretrained(self.files.folder, trust_remote_code=False)
         except Exception:  # code of its own, a type of another release, or nonsense
             return None
         if self.override:
@@ -195,7 +195,8 @@ def architecture(subject: Described, context: Context) -> Said:
             ERROR,
             (
                 f"{subject.name} is a {kinds[0]}, {donor.name} is a {kinds[1]}: mergekit refuses "
-                f"to mix architectures; merge models that were fine-tuned from {donor.name}"
+                "to mix architectures (without --allow-crimes); merge models that were fine-tuned "
+                f"from {donor.name}"
             ),
         )
 

@@ -108,7 +108,9 @@ def _of_sentencepiece(folder: Path) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     try:
-        tokens: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+        tokens: dict[str, int] = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        ).get_vocab()
     except Exception:
         return {}
     return tokens

@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+|[^/]+)(?:/revision/(.+))?", path)
-        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path)
+        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.+)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         asked = info or tree or file
         name, revision = (asked[1], asked[2] or "main") if asked else ("", "main")
@@ -75,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "none"})
         elif info:
             self._send(200, json.dumps(_info(name, folder)).encode(), {})
+        elif tree and tree[3]:  # of a folder in it: no model here has one
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "none"})
         elif tree:
             self._send(200, json.dumps(_tree(folder)).encode(), {})
         elif file:

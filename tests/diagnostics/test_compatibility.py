@@ -355,6 +355,7 @@ VALUES: tuple[Any, ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_mutated_files(seed: int, models: Path, tmp_path: Path) -> None:
     """50 times a value replaced, a byte changed, or the end cut off; never a traceback."""

@@ -124,6 +124,16 @@ def test_a_tokenizer_that_two_models_share_is_fetched_once(
     assert len(fetched) == 1
 
 
+def test_tokenizers_of_the_hub(server: HubServer, tmp_path: Path) -> None:
+    """With tokenizer_source, mergekit builds the tokenizer of what was fetched."""
+    path = write(merge_of("me/a") | {"tokenizer_source": "union"}, tmp_path / "c.yml")
+    own = environment(server, tmp_path)
+    result = run(tmp_path, own, "mergekit-dare", "check", "--files", path)
+    assert result.returncode == 0, result.stdout
+    assert "error" not in result.stdout
+    assert "the merge fetches" in result.stdout
+
+
 def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
     """Offline, and where nobody answers; a progress bar tells that one waits."""
     offline = environment(server, tmp_path, HF_HUB_OFFLINE="1")

@@ -35,6 +35,7 @@ def suggest(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["suggest", *map(str, arguments), "--quiet"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 @pytest.mark.parametrize("names", ["a", "ab"])
 def test_clean_and_merges(method: str, names: str, models: Path, tmp_path: Path) -> None:

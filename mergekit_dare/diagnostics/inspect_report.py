@@ -36,7 +36,6 @@ def as_json(report: Report) -> dict[str, Any]:
                 tensor: dict(zip(("largest", "relative_norm"), model.tensors[tensor], strict=True))
                 for tensor in model.standing_out()
             },
-            "halves_of_the_sample_differ_by": model.error() if report.is_sampled else 0.0,
             "verdict": verdicts[name].kind,
             "sentence": verdicts[name].sentence,
             "suggested_density": verdicts[name].density,
@@ -58,6 +57,7 @@ def as_json(report: Report) -> dict[str, Any]:
         }
     found = {
         "share_of_bytes_read": report.share_read,
+        "halves_of_the_sample_differ_by": {n: m.error() for n, m in report.models.items()},
         "models": models,
         "pairs": pairs,
         "merged_change": merged_change,

@@ -78,7 +78,8 @@ class Hub:
             return
         for name in filter(files.__contains__, JSON_FILES):
             blob = str(files[name].blob_id)
-            if blob in self._fetched:
+            # What reads a folder's settings needs them there.
+            if blob in self._fetched and name != "config.json":
                 found.same_as[name] = self._fetched[blob]
                 continue
             path = huggingface_hub.hf_hub_download(
@@ -86,10 +87,6 @@ class Hub:
             )
             self._fetched[blob] = Path(path)
             found.folder = Path(path).parent
-        if "config.json" in found.same_as:  # what reads a folder needs one of its own
-            path = huggingface_hub.hf_hub_download(model.path, "config.json", revision=info.sha)
-            found.folder = Path(path).parent
-            del found.same_as["config.json"]
         assert found.folder is not None
         model_files.read_config(found.folder / "config.json", found)
         suffix = ".safetensors" if any(n.endswith(".safetensors") for n in files) else ".bin"

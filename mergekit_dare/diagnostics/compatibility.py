@@ -69,12 +69,17 @@ class Described:
         return _flat(config, depth=3)
 
     @cached_property
-    def vocabulary(self) -> Vocabulary | None:
-        """What its tokenizer knows, if it has one that can be read."""
+    def tokenizer(self) -> Vocabulary | ValueError | None:
+        """What its tokenizer knows, or why it cannot be read; ``None`` if it has none."""
         try:
             return vocabulary.read(self.files)
-        except ValueError:  # said by damaged_tokenizer
-            return None
+        except ValueError as error:
+            return error
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What its tokenizer knows, if it has one that can be read."""
+        return None if isinstance(self.tokenizer, ValueError) else self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -176,11 +181,9 @@ def pickled(subject: Described, context: Context) -> Said:
 
 def damaged_tokenizer(subject: Described, context: Context) -> Said:
     """Find tokenizers that cannot be read."""
-    try:
-        vocabulary.read(subject.files)
-    except ValueError as error:
+    if isinstance(subject.tokenizer, ValueError):
         needed = subject is context.donor or context.tokenizer
-        yield ERROR if needed else WARNING, str(error)
+        yield ERROR if needed else WARNING, str(subject.tokenizer)
 
 
 def architecture(subject: Described, context: Context) -> Said:

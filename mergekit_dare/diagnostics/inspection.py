@@ -312,30 +312,32 @@ def _add_tensor(
             of_model.noise_square_sums[Sampling.UNIFORM] += factor * uniform
             magnitude = magnitude_noise(statistics, density)
             of_model.noise_square_sums[Sampling.MAGNITUDE] += factor * magnitude
-    if not reasons and all(not m.total.non_finite for m in report.models.values()):
-        every = max(1, len(base) // CHANGED_BLOCKS) if factor > 1 else 1
-        few = {model: tensor[::every] for model, tensor in tensors.items()}
-        _add_change(report, task, base[::every], few, elements / max(1, base[::every].numel()))
+    if not reasons and not any(statistics.non_finite for statistics in measured.values()):
+        if factor > 1:
+            every = max(1, len(base) // CHANGED_BLOCKS)
+            base = base[::every]
+            tensors = {model: tensor[::every] for model, tensor in tensors.items()}
+        _add_change(report, task, base, tensors, elements / max(1, base.numel()))
 
 
 def _measure(
     report: Report, base: Tensor, fine_tuned: dict[str, Tensor], factor: float
 ) -> dict[str, DeltaStatistics]:
     """Measure the halves of a sample, every other block; return the whole sample's by model."""
-    count = 1 if factor == 1 else 2
-    halves = [
-        measure(base[k::count], {name: tensor[k::count] for name, tensor in fine_tuned.items()})
-        for k in range(count)
-    ]
-    for half in halves:
-        for pair, found in half.pairs.items():
-            report.pairs[pair].add(found, factor)
-    measured = halves[0].models
-    for name, statistics in measured.items():
-        if count == 2:
-            for total, half in zip(report.models[name].halves, halves, strict=True):
-                total.add(half.models[name], factor)
-            statistics.add(halves[1].models[name])
+    halves = [(base, fine_tuned)]
+    if factor > 1:
+        halves = [(base[k::2], {name: t[k::2] for name, t in fine_tuned.items()}) for k in (0, 1)]
+    found = [measure(*half) for half in halves]
+    for half in found:
+        for pair, statistics in half.pairs.items():
+            report.pairs[pair].add(statistics, factor)
+    if factor == 1:
+        return found[0].models
+    measured = {name: DeltaStatistics() for name in fine_tuned}
+    for name, whole in measured.items():
+        for total, half in zip(report.models[name].halves, found, strict=True):
+            total.add(half.models[name], factor)
+            whole.add(half.models[name])
     return measured
 
 

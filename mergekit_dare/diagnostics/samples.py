@@ -28,7 +28,8 @@ BLOCK = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _LARGEST_HEADER = 256 << 20
 
-_DTYPES = {
+# As safetensors names them; others have no deltas.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -109,8 +110,8 @@ class Reader:
     def read(self, gather: GatherTensors) -> dict[object, Sampled] | None:
         """Return samples of what a task would load, by model.
 
-        Tensors that are not there are left out. ``None`` if one of them cannot be sampled: it is
-        pickled, or mergekit makes it of others.
+        ``None`` if one of them cannot be sampled: it is pickled, or not there under any name, so
+        that mergekit may make it of others.
         """
         found: dict[object, Sampled] = {}
         parts: list[tuple[LoadTensor, _Stored]] = []
@@ -118,11 +119,7 @@ class Reader:
             assert isinstance(load, LoadTensor)
             loader = LoaderCache().get(load.model)
             name = load._resolve_name(loader)
-            if name is None:
-                if load.optional:
-                    continue
-                return None
-            if not loader.index.is_safetensors:
+            if name is None or not loader.index.is_safetensors:
                 return None
             file = Path(loader.index.base_path) / loader.index.tensor_paths[name]
             stored = self._stored(file, name)
@@ -203,9 +200,9 @@ class _Map:
     def find(self, name: str) -> _Stored | None:
         """Return a tensor; ``None`` if it has no deltas, or cannot be mapped."""
         entry = self._header.get(name)
-        if not isinstance(entry, dict) or entry.get("dtype") not in _DTYPES:
+        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
             return None
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         first, count = self._start + int(entry["data_offsets"][0]), math.prod(shape)
         if count == 0 or first % dtype.itemsize:
             return None

@@ -17,11 +17,11 @@ from mergekit_dare.diagnostics.document import Document, parse
 from mergekit_dare.diagnostics.findings import Finding, Severity
 from mergekit_dare.diagnostics.host import configuration
 from mergekit_dare.diagnostics.model_files import ModelFiles
+from mergekit_dare.diagnostics.samples import DTYPES
 
 SEED = 42
 # What is written where nothing was measured.
 UNKNOWN_DENSITY = 0.5
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def _dtype(config: MergeConfiguration, examined: dict[ModelReference, ModelFiles
     base = examined.get(config.base_model) if config.base_model else None
     if base is None:
         return None
-    counts = Counter(t.dtype for t in base.tensors.values() if t.dtype in _DTYPES)
-    return _DTYPES[counts.most_common(1)[0][0]] if counts else None
+    counts = Counter(t.dtype for t in base.tensors.values() if t.dtype in DTYPES)
+    return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.") if counts else None
 
 
 def _densities(

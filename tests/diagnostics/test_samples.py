@@ -169,6 +169,27 @@ def test_scaled_statistics() -> None:
         assert twice.quantile(fraction) == found.quantile(fraction)
 
 
+def test_scalars_and_a_tensor_that_is_not_finite(tmp_path: Path) -> None:
+    """A scalar is measured, and NaN in one tensor leaves out that one alone of the change."""
+    large = torch.ones(1 << 18)
+    for name, change in (("base", 0.0), ("a", 0.5)):
+        tensors = {"broken": torch.ones(8), "scalar": torch.tensor(1 + change), "w": large + change}
+        if name == "a":
+            tensors["broken"][3] = math.nan
+        narrow = {key: tensor.bfloat16() for key, tensor in tensors.items()}
+        save_file(narrow, tmp_path / f"{name}.safetensors")
+    config = dare(tmp_path, names=["a.safetensors"], seed=1)
+    config["base_model"] += ".safetensors"
+    for full in (False, True):
+        found = inspection.inspect_config(write(config, tmp_path / "c.yml"), full=full)
+        (model,) = found.models.values()
+        assert model.tensors["scalar"] == (0.5, 0.5)
+        assert model.total.non_finite == 1
+        assert model.total.count == 7 + 1 + (1 << 18)
+        assert found.change is not None
+        assert found.change.square_sum == pytest.approx(0.25 * 0.25 * ((1 << 18) + 1))
+
+
 @pytest.mark.slow
 def test_the_command(models: Path, tmp_path: Path) -> None:
     path = write(dare(models, seed=1), tmp_path / "c.yml")

@@ -1,14 +1,17 @@
 """Run tests with other versions of Python and of what mergekit needs.
 
-Usage: python3 tests/matrix.py [ROW...]; rows: oldest, newest, python3.12
+Usage: python3 tests/matrix.py [--install] [--folder FOLDER] [ROW...]
 
-They are the quick selection, and those of compiled code, which torch makes its own way in each
-version. Each row gets an environment of its own in a temporary folder, of some 6 GB where torch
-comes with CUDA. A row whose Python is not on this machine is named and left out.
+Rows: oldest, newest, python3.12. Each runs the quick selection, and tests of compiled code, which
+torch makes its own way in each version. Each gets an environment of its own, of some 6 GB where
+torch comes with CUDA, in a temporary folder, or in FOLDER, where it is kept: with --install it is
+made there, beside other work, and nothing is run. A row whose Python is not on this machine is
+named and left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
 import shutil
@@ -16,6 +19,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.run import AT_ONCE
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -23,18 +31,39 @@ PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 USUAL = ("oldest", "newest")
 # Of compiled code, one test for each way through it.
 COMPILED = "same_bits and bfloat16 or sampling_and_rounding and bfloat16 or one_line"
-TESTS = ["pytest", "hypothesis", "matplotlib", "hatchling", "editables"]
-# Name: Python, requirements, tests that this row's versions of other packages cannot run.
-ROWS: dict[str, tuple[str, list[str], list[str]]] = {
+TESTS = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "hatchling", "editables"]
+
+
+class Row(NamedTuple):
+    """An environment.
+
+    Attributes:
+        python: The version of Python.
+        requirements: What is installed beside what the tests need.
+        left_out: Tests that these versions of other packages cannot run.
+        compiles: Whether compiled code is for this torch.
+
+    """
+
+    python: str
+    requirements: list[str]
+    left_out: list[str]
+    compiles: bool = True
+
+
+ROWS = {
     # mergekit 0.1.5 admits torch 2.0, but needs transformers 5, which needs torch 2.4.
-    "oldest": (
+    "oldest": Row(
         "3.10",
         ["torch==2.4.0", "transformers==5.0.0", "safetensors==0.5.2", "mergekit==0.1.5"],
         # mergekit-moe's own check of what it wrote fails with this transformers.
         ["tests/product/test_family.py::test_moe_of_dare_outputs"],
+        compiles=False,
     ),
-    "python3.12": ("3.12", ["-c", str(PROJECT / "examples" / "constraints.txt"), "mergekit"], []),
-    "newest": (
+    "python3.12": Row(
+        "3.12", ["-c", str(PROJECT / "examples" / "constraints.txt"), "mergekit"], []
+    ),
+    "newest": Row(
         "3.13",
         ["mergekit", "torch", "transformers", "safetensors"],
         # mergekit's --lazy-unpickle does not work with Python 3.13.
@@ -57,47 +86,61 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def main(names: list[str]) -> None:
-    """Run the rows; leave with exit code 1 if one of them failed."""
-    failed = []
-    for name in names or USUAL:
-        version, requirements, left_out = ROWS[name]
-        python = interpreter(version)
-        if python is None:
-            print(f"== {name}: no Python {version} on this machine", flush=True)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            if not _run_row(name, python, Path(folder), requirements, left_out):
-                failed.append(name)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+def main(arguments: list[str]) -> None:
+    """Install or run the rows; leave with exit code 1 if one of them failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--install", action="store_true")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        done = [_do(name, folder, options.install) for name in options.rows or USUAL]
+    if not all(done):
+        sys.exit(1)
 
 
-def _run_row(
-    name: str, python: str, folder: Path, requirements: list[str], left_out: list[str]
-) -> bool:
-    subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
-    program = str(folder / "venv" / "bin" / "python")
-    for what in ([*requirements, *TESTS], ["--no-deps", str(PROJECT)]):
-        pip = [program, "-m", "pip", "install", "--quiet", *what]
-        result = subprocess.run(pip, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            print(result.stderr, f"== {name}: not installed", sep="\n", flush=True)
+def _do(name: str, folder: Path, only_install: bool) -> bool:
+    python = interpreter(ROWS[name].python)
+    if python is None:
+        print(f"== {name}: no Python {ROWS[name].python} on this machine", flush=True)
+        return True
+    environment = folder / name
+    made = environment / "made"
+    if not made.exists():
+        if not _install(ROWS[name], python, environment):
+            print(f"== {name}: not installed", flush=True)
             return False
+        made.touch()
+    return only_install or _run(name, environment)
+
+
+def _install(row: Row, python: str, environment: Path) -> bool:
+    subprocess.run([python, "-m", "venv", environment], check=True)
+    program = str(environment / "bin" / "python")
+    for what in ([*row.requirements, *TESTS], ["--no-deps", str(PROJECT)]):
+        pip = [program, "-m", "pip", "install", "--quiet", *what]
+        if subprocess.run(pip, check=False).returncode != 0:
+            return False
+    return True
+
+
+def _run(name: str, environment: Path) -> bool:
+    row, program = ROWS[name], str(environment / "bin" / "python")
     shown = (
         "import platform, torch, transformers, safetensors as s; print(platform.python_version()"
     )
     shown += ", *(f'{m.__name__} {m.__version__}' for m in (torch, transformers, s)), sep=', ')"
     print(f"== {name}: Python ", end="", flush=True)
     subprocess.run([program, "-c", shown], check=True)
-    deselected = [f"--deselect={test}" for test in left_out]
-    pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    compiled = ["tests/kernel/test_compiled.py", "-k", COMPILED]
-    selections = (["-m", "not slow", *deselected], compiled)
-    return all(
-        subprocess.run([*pytest, *selection], cwd=PROJECT, check=False).returncode == 0
-        for selection in selections
-    )
+    pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *AT_ONCE]
+    selections = [["-m", "not slow", *(f"--deselect={test}" for test in row.left_out)]]
+    if row.compiles:
+        selections.append(["tests/kernel/test_compiled.py", "-k", COMPILED])
+    runs = [subprocess.run([*pytest, *tests], cwd=PROJECT, check=False) for tests in selections]
+    failed = any(run.returncode for run in runs)
+    print(f"== {name}: {'failed' if failed else 'passed'}", flush=True)
+    return not failed
 
 
 if __name__ == "__main__":

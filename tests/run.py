@@ -3,7 +3,8 @@
 Usage: python3 tests/run.py [PYTEST ARGUMENTS]
 
 Needs Python 3.10 or later and nothing else; can be run again. ``-m "not slow"`` is the quick
-selection; ``--check`` runs the linter and the type checker as well.
+selection; ``--check`` runs the linter and the type checker as well. Half of them wait for other
+processes, so two and more run at once (pytest-xdist); ``-n 0`` runs one after the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from environment import prepare, run
 
+AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+
 
 def main(arguments: list[str]) -> None:
     """Install the project with its test extra, then run pytest with ``arguments``."""
@@ -25,7 +28,7 @@ def main(arguments: list[str]) -> None:
         run(python, "-m", "ruff", "check", ".")
         run(python, "-m", "ruff", "format", "--check", ".")
         run(python, "-m", "mypy")
-    run(python, "-m", "pytest", *arguments)
+    run(python, "-m", "pytest", *AT_ONCE, *arguments)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def _small_chunks() -> Any:
         yield
 
 
-@cases(4000)
+@cases(2500)
 @given(merges())
 def test_any_merge(case: Case) -> None:
     """Right to the error bound, or an error for the very reason that there is."""
@@ -237,7 +237,7 @@ def test_any_merge(case: Case) -> None:
     assert not bool((off & ~expected.doubtful & ~infinite).any())
 
 
-@cases(1000)
+@cases(600)
 @given(merges(values=[]), st.randoms(use_true_random=False))
 def test_any_order_layout_and_chunk(case: Case, random: Any) -> None:
     case.rounding = random.choice(list(Rounding))
@@ -380,7 +380,7 @@ def plan(config: Any) -> None:
     MergePlanner(merge_config, architecture, options, out_config).plan_to_disk("unused")
 
 
-@cases(250)
+@cases(150)
 @given(data=st.data())
 def test_valid_configs_are_clean_and_planned(data: st.DataObject, folder: Path) -> None:
     config = data.draw(configs(folder))
@@ -390,7 +390,7 @@ def test_valid_configs_are_clean_and_planned(data: st.DataObject, folder: Path) 
     plan(yaml.safe_load(path.read_text()))
 
 
-@cases(500)
+@cases(300)
 @given(data=st.data())
 def test_mutated_configs(data: st.DataObject, folder: Path) -> None:
     """Where planning fails by a value that we refuse, check has said so; we never crash."""
@@ -407,7 +407,7 @@ def test_mutated_configs(data: st.DataObject, folder: Path) -> None:
             assert said, error
 
 
-@cases(600)
+@cases(400)
 @given(data=st.data())
 def test_any_text_is_checked_or_refused(data: st.DataObject, folder: Path) -> None:
     text = yaml.safe_dump(data.draw(configs(folder)), sort_keys=False)

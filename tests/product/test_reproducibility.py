@@ -45,25 +45,30 @@ def test_every_command_and_the_python_api_agree(method: str, llamas: Path, tmp_p
     zoo.assert_same_tensors(by_python, by_yaml)
 
 
-@BOTH
 @pytest.mark.slow
-def test_real_commands_with_one_and_two_threads(method: str, llamas: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("threads", "method"), [("1", "dare_linear"), ("2", "dare_ties")])
+def test_real_commands_by_threads(threads: str, method: str, llamas: Path, tmp_path: Path) -> None:
     settings = config(llamas, method)
     expected = merge_yaml(settings, tmp_path)
     path = write(settings, tmp_path / "config.yml")
-    for threads in "12":
-        out = tmp_path / f"threads-{threads}"
-        run_command("mergekit-yaml", path, str(out), "-j", threads)
-        zoo.assert_same_tensors(zoo.load(out), expected)
+    run_command("mergekit-yaml", path, str(tmp_path / "real"), "-j", threads)
+    zoo.assert_same_tensors(zoo.load(tmp_path / "real"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "method"), [("1", "dare_ties"), ("2", "dare_linear")])
+def test_real_mergekit_pytorch_in_any_order(
+    run: str, method: str, llamas: Path, tmp_path: Path
+) -> None:
+    """It takes tensors in another order in each run."""
     raw = config(llamas, method)
+    expected = merge_yaml(raw, tmp_path)
     for entry in (*raw["models"], raw):
         key = "model" if "model" in entry else "base_model"
         entry[key] += "/model.safetensors"
-    raw_path = write(raw, tmp_path / "raw.yml")
-    for run in ("1", "2"):  # mergekit-pytorch takes tensors in another order in each run
-        out = tmp_path / f"pytorch-{run}"
-        run_command("mergekit-pytorch", raw_path, str(out), PYTHONHASHSEED=run)
-        zoo.assert_same_tensors(zoo.load(out), expected)
+    path = write(raw, tmp_path / "raw.yml")
+    run_command("mergekit-pytorch", path, str(tmp_path / "real"), PYTHONHASHSEED=run)
+    zoo.assert_same_tensors(zoo.load(tmp_path / "real"), expected)
 
 
 @BOTH

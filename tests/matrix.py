@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.run import AT_ONCE
+from tests.run import AT_ONCE, ONE_THREAD
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -137,8 +137,12 @@ def _run(name: str, environment: Path) -> bool:
     selections = [["-m", "not slow", *(f"--deselect={test}" for test in row.left_out)]]
     if row.compiles:
         selections.append(["tests/kernel/test_compiled.py", "-k", COMPILED])
-    runs = [subprocess.run([*pytest, *tests], cwd=PROJECT, check=False) for tests in selections]
-    failed = any(run.returncode for run in runs)
+    failed = False
+    for tests in selections:
+        result = subprocess.run(
+            [*pytest, *tests], cwd=PROJECT, env=os.environ | ONE_THREAD, check=False
+        )
+        failed = failed or result.returncode != 0
     print(f"== {name}: {'failed' if failed else 'passed'}", flush=True)
     return not failed
 

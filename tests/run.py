@@ -9,6 +9,7 @@ processes, so two and more run at once (pytest-xdist); ``-n 0`` runs one after t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from environment import prepare, run
 
+# Threads of torch that compete with those of other tests wait for each other most of the time: that
+# makes the quick selection six times slower. Tests of threads set their number.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 
 
@@ -28,6 +32,7 @@ def main(arguments: list[str]) -> None:
         run(python, "-m", "ruff", "check", ".")
         run(python, "-m", "ruff", "format", "--check", ".")
         run(python, "-m", "mypy")
+    os.environ.update(ONE_THREAD)
     run(python, "-m", "pytest", *AT_ONCE, *arguments)
 
 

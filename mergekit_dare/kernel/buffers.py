@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,19 +11,15 @@ from torch import Tensor
 
 from mergekit_dare.kernel.masks import MaskBuffers
 
-# Elements in a chunk. A smaller one wastes time on calls (and torch gives a core no fewer than
-# 2**15 words of the mask, which are 2**17 elements), a larger one does not stay in a core's own
-# cache. An accelerator needs enough elements to be busy. The largest chunk takes 40 MB of buffers
-# on a CPU, 170 MB on an accelerator.
-CPU_CHUNK_PER_THREAD, LARGEST_CPU_CHUNK = 1 << 17, 1 << 20
-ACCELERATOR_CHUNK = 1 << 22
+# Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
+# between them; a larger one does not stay in a cache. An accelerator needs enough elements to be
+# busy. Buffers take 10 MB on a CPU, in each thread that works on a chunk; 170 MB on an accelerator.
+CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 18, 1 << 22
 
 
 def chunk_size(device: torch.device) -> int:
     """Return the number of elements that are worked on at once, a multiple of 4."""
-    if device.type != "cpu":
-        return ACCELERATOR_CHUNK
-    return min(CPU_CHUNK_PER_THREAD * torch.get_num_threads(), LARGEST_CPU_CHUNK)
+    return CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
 def chunks(size: int, *vectors: Tensor, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -83,15 +79,21 @@ class Buffers:
         return cls(MaskBuffers.allocate(elements, device), *tensors)
 
     @classmethod
-    def of_this_thread(cls, device: torch.device, dtype: torch.dtype) -> Buffers:
-        """Return the calling thread's buffers, which are made once and then kept."""
-        kept: dict[tuple[torch.device, torch.dtype], Buffers]
-        kept = _PER_THREAD.__dict__.setdefault("buffers", {})
-        buffers = kept.get((device, dtype))
+    @contextmanager
+    def lent(cls, device: torch.device, dtype: torch.dtype) -> Iterator[Buffers]:
+        """Lend buffers for a chunk to one borrower at a time; they are made once and then kept."""
+        kept = _KEPT.setdefault((device, dtype), [])
         capacity = chunk_size(device)
+        try:
+            buffers = kept.pop()  # in one step, whichever thread asks
+        except IndexError:
+            buffers = None
         if buffers is None or buffers.capacity != capacity:
-            buffers = kept[device, dtype] = cls.allocate(capacity, device, dtype)
-        return buffers
+            buffers = cls.allocate(capacity, device, dtype)
+        try:
+            yield buffers
+        finally:
+            kept.append(buffers)
 
     def first(self, elements: int) -> Buffers:
         """Return views of the first ``elements`` elements."""
@@ -112,4 +114,4 @@ class Buffers:
         return self._part
 
 
-_PER_THREAD = threading.local()
+_KEPT: dict[tuple[torch.device, torch.dtype], list[Buffers]] = {}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import formula
-from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
+from mergekit_dare.kernel.buffers import Buffers, chunks
 from mergekit_dare.kernel.formula import Numbers, Steps
 from mergekit_dare.kernel.masks import state_before
 
@@ -51,7 +51,6 @@ def merge_function(
     out: Tensor,
     vectors: Sequence[Tensor],
     steps: Steps,
-    uncompiled: Callable[[Sequence[Tensor], Numbers], Tensor],
 ) -> Callable[[Sequence[Tensor], Numbers], Tensor | None] | None:
     """Return what merges a chunk of :data:`CHUNK` elements by compiled code, if that can be.
 
@@ -59,12 +58,11 @@ def merge_function(
         out: The merged vector.
         vectors: theta_0, and each theta_k.
         steps: What is done.
-        uncompiled: What merges a chunk without compiled code; the first chunk of each case is
-            merged by it, too, and compared.
 
     Returns:
-        A function that is called as ``uncompiled`` is, and returns ``None`` where it cannot
-        merge; ``None`` if compiled code is not asked for, or does not suit the case.
+        A function of a chunk of ``out`` and ``vectors`` and its numbers, which returns what
+        :func:`.formula.merge_chunk` does, or ``None`` where it cannot merge. ``None`` instead if
+        compiled code is not asked for, or does not suit the case.
 
     """
     # On accelerators, torch's compiler fuses roundings that must stay apart.
@@ -78,19 +76,20 @@ def merge_function(
 
     def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
         out_chunk, theta_0, *thetas = chunk
-        square_sum = _try(case, out_chunk, theta_0, thetas, _tensors(numbers), steps)
-        if square_sum is None or case in _CHECKED or not square_sum.isfinite():
-            return square_sum
+        norm = _try(case, out_chunk, theta_0, thetas, _tensors(numbers), steps)
+        if norm is None or case in _CHECKED or not norm.isfinite():
+            return norm
         _CHECKED.add(case)
         expected = torch.empty_like(out_chunk)
-        size = chunk_size(out.device)
-        for first, part in chunks(size, expected, theta_0, *thetas):
-            shifted = [state_before(state, first) for state in numbers.states]
-            uncompiled(part, numbers._replace(states=shifted))
+        with Buffers.lent(out.device, steps.dtype) as b:
+            for first, (out_, base, *tuned) in chunks(b.capacity, expected, theta_0, *thetas):
+                states = [state_before(state, first) for state in numbers.states]
+                of_part = numbers._replace(states=states)
+                formula.merge_chunk(out_, base, tuned, of_part, steps, b.first(out_.numel()))
         if not torch.equal(expected.view(torch.int8), out_chunk.view(torch.int8)):
             _give_up(case, "it gives other results here, which is an error of the compiler")
             return None
-        return square_sum
+        return norm
 
     return merge_one
 

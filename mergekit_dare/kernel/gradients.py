@@ -180,22 +180,22 @@ def _factors(job: Job) -> Iterator[tuple[slice, list[Tensor]]]:
         return
     job = merging.with_equal_infinities(job)
     steps, ties = job.steps, job.steps.combine is Combine.TIES
-    buffers = Buffers.of_this_thread(job.theta_0.device, steps.dtype)
-    for first, (theta_0, *thetas) in chunks(buffers.capacity, *job.vectors):
-        b, numbers = buffers.first(theta_0.numel()), job.numbers(first)
-        base = theta_0.to(steps.dtype)
-        factors, signs = [], []
-        for k, theta in enumerate(thetas):
-            m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b)
-            a = m * job.terms[k].factor
-            signs.append(torch.sign(delta * a))
-            # By magnitude, sparsify leaves the probability there.
-            factors.append(a / b.scratch if steps.by_magnitude and steps.rescale else a)
-            accumulate(k, m, delta, numbers, steps, b)
-        if ties:
-            s = elected_sign(b)
-            scale = torch.full_like(base, job.lambda_)
-            if steps.normalize:
-                scale /= elected_weights(b, s)
-            factors = [a * (sign == s) * scale for a, sign in zip(factors, signs, strict=True)]
-        yield slice(first, first + theta_0.numel()), factors
+    with Buffers.lent(job.theta_0.device, steps.dtype) as buffers:
+        for first, (theta_0, *thetas) in chunks(buffers.capacity, *job.vectors):
+            b, numbers = buffers.first(theta_0.numel()), job.numbers(first)
+            base = theta_0.to(steps.dtype)
+            factors, signs = [], []
+            for k, theta in enumerate(thetas):
+                m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b)
+                a = m * job.terms[k].factor
+                signs.append(torch.sign(delta * a))
+                # By magnitude, sparsify leaves the probability there.
+                factors.append(a / b.scratch if steps.by_magnitude and steps.rescale else a)
+                accumulate(k, m, delta, numbers, steps, b)
+            if ties:
+                s = elected_sign(b)
+                scale = torch.full_like(base, job.lambda_)
+                if steps.normalize:
+                    scale /= elected_weights(b, s)
+                factors = [a * (sign == s) * scale for a, sign in zip(factors, signs, strict=True)]
+            yield slice(first, first + theta_0.numel()), factors

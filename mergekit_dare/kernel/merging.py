@@ -6,14 +6,15 @@ what is checked before, what the numbers in it are, and what may not leave it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import compiled
+from mergekit_dare.kernel import compiled, threads
 from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
 from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine, Numbers, Steps, merge_chunk
 from mergekit_dare.kernel.masks import (
@@ -30,6 +31,9 @@ _SMALLEST_LINEAR_DIVISOR = 1e-8
 # Numbers beyond these make float32 products under- or overflow whose quotients need not: then the
 # arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
+# Elements times models for which another thread is started, to merge them or to make their keys:
+# that takes a tenth of a millisecond.
+LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +199,10 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
         stochastic=stochastic,
     )
     keys = [term.key for term in terms]
-    key = rounding_key(recipe.seed, theta_0.view(base.shape), keys) if stochastic and terms else 0
+    key = 0
+    if stochastic and terms:
+        with threads.single():
+            key = rounding_key(recipe.seed, theta_0.view(base.shape), keys)
     return Job(theta_0, terms, steps, recipe.lambda_, key)
 
 
@@ -210,24 +217,35 @@ def _terms(theta_0: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> list
     They are sorted by their masks' keys: a floating-point sum depends on its order, and the
     order of the models in a config must not matter.
     """
-    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
     weight_unit, factor_unit = _units(models, recipe)
-    terms = []
-    for model in models:
-        t, scale = threshold(model.density), 0.0
-        if model.weight == 0 or t == 0 or theta_0.numel() == 0:
-            continue
-        theta = model.tensor.detach().resolve_neg().contiguous()
-        key = mask_key(recipe.seed, theta)
-        theta = theta.view(-1)
-        rescale = LANE_VALUES / t if recipe.rescale and not by_magnitude else 1.0
-        if by_magnitude:
-            dtype = _wide_dtype(theta_0, theta)
-            found = magnitude_scale(theta, theta_0, model.density, dtype)
-            t, scale = (LANE_VALUES, 0.0) if found is None else (1, found)
-        factor = model.weight * rescale * factor_unit
-        terms.append(Term(model, theta, key, t, scale, factor, model.weight * weight_unit))
+
+    def make(models: Iterator[FineTuned]) -> list[Term]:
+        return [_term(model, theta_0, recipe, weight_unit, factor_unit) for model in models]
+
+    used = [m for m in models if m.weight != 0 and threshold(m.density) > 0 and theta_0.numel()]
+    if theta_0.device.type == "cpu":
+        work = theta_0.numel() * len(used)
+        terms = [*itertools.chain(*threads.run(make, used, work // LEAST_PLANNED))]
+    else:
+        terms = make(iter(used))
     return sorted(terms, key=lambda term: (term.key, term.t, term.scale, term.factor))
+
+
+def _term(
+    model: FineTuned, theta_0: Tensor, recipe: Recipe, weight_unit: float, factor_unit: float
+) -> Term:
+    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
+    t, scale = threshold(model.density), 0.0
+    theta = model.tensor.detach().resolve_neg().contiguous()
+    key = mask_key(recipe.seed, theta)
+    theta = theta.view(-1)
+    rescale = LANE_VALUES / t if recipe.rescale and not by_magnitude else 1.0
+    if by_magnitude:
+        dtype = _wide_dtype(theta_0, theta)
+        found = magnitude_scale(theta, theta_0, model.density, dtype)
+        t, scale = (LANE_VALUES, 0.0) if found is None else (1, found)
+    factor = model.weight * rescale * factor_unit
+    return Term(model, theta, key, t, scale, factor, model.weight * weight_unit)
 
 
 def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
@@ -247,43 +265,54 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
 
     The bound is the largest chunk's L2 norm. Compiled code takes as many chunks as it can.
     """
-    b = Buffers.of_this_thread(out.device, job.steps.dtype)
-
-    def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        out, theta_0, *thetas = chunk
-        return merge_chunk(out, theta_0, thetas, numbers, job.steps, b.first(out.numel()))
-
-    # One for all: small tensors that live on between large ones keep freed memory from use.
-    largest = torch.zeros((), dtype=job.steps.dtype, device=out.device)
-    done = 0
-    merge_compiled = compiled.merge_function(out, job.vectors, job.steps, merge_one)
+    device, steps = out.device, job.steps
+    largest, done = [], 0
+    merge_compiled = compiled.merge_function(out, job.vectors, steps)
     if merge_compiled is not None:
         whole = out.numel() // compiled.CHUNK * compiled.CHUNK
-        done = _loop(out, job, compiled.CHUNK, 0, whole, merge_compiled, largest)
-    _loop(out, job, b.capacity, done, out.numel(), merge_one, largest)
-    return math.sqrt(float(largest))
+        pieces = chunks(compiled.CHUNK, out[:whole], *(v[:whole] for v in job.vectors))
+        norm, stopped_at = _merge_pieces(pieces, job, merge_compiled)
+        largest, done = [norm], whole if stopped_at is None else stopped_at
+
+    def merge_all(pieces: Iterator[Piece]) -> Tensor:
+        with Buffers.lent(device, steps.dtype) as b:
+
+            def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor:
+                out, theta_0, *thetas = chunk
+                return merge_chunk(out, theta_0, thetas, numbers, steps, b.first(out.numel()))
+
+            return _merge_pieces(pieces, job, merge_one)[0]
+
+    pieces = chunks(chunk_size(device), out, *job.vectors, start=done)
+    if device.type == "cpu":
+        work = (out.numel() - done) * len(job.terms)
+        largest += threads.run(merge_all, pieces, work // LEAST_MERGED)
+    else:
+        largest.append(merge_all(pieces))
+    return float(torch.stack(largest).max())
 
 
-def _loop(
-    out: Tensor,
+Piece = tuple[int, tuple[Tensor, ...]]
+
+
+def _merge_pieces(
+    pieces: Iterator[Piece],
     job: Job,
-    size: int,
-    start: int,
-    stop: int,
     merge_one: Callable[[Sequence[Tensor], Numbers], Tensor | None],
-    largest: Tensor,
-) -> int:
-    """Merge the elements from ``start`` to ``stop`` in chunks; return where it stopped.
+) -> tuple[Tensor, int | None]:
+    """Merge chunk after chunk; return the largest of their norms, NaN if there is a NaN.
 
-    ``merge_one`` may return ``None`` in place of a chunk's sum of squares: it cannot go on. The
-    largest sum of squares, or NaN if there was one, is kept in ``largest``.
+    ``merge_one`` may return ``None`` in place of a chunk's norm: it cannot go on, and
+    the index of the chunk's first element is returned, too.
     """
-    for first, chunk in chunks(size, out[:stop], *(v[:stop] for v in job.vectors), start=start):
-        square_sum = merge_one(chunk, job.numbers(first))
-        if square_sum is None:
-            return first
-        torch.maximum(largest, square_sum, out=largest)
-    return stop
+    # One for all: small tensors that live on between large ones keep freed memory from use.
+    largest = torch.zeros((), dtype=job.steps.dtype, device=job.theta_0.device)
+    for first, chunk in pieces:
+        norm = merge_one(chunk, job.numbers(first))
+        if norm is None:
+            return largest, first
+        torch.maximum(largest, norm, out=largest)
+    return largest, None
 
 
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:

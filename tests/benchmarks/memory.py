@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     merges_small = candidates.merges(small)
     for name, merge in tqdm(candidates.merges(inputs).items(), file=sys.stderr):
         merges_small[name]()  # what is loaded and compiled once is not a part of the merge
-        vars(buffers._PER_THREAD).clear()  # but the buffers that we keep are
+        buffers._KEPT.clear()  # but the buffers that we keep are
         if arguments.device == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be had for nothing
         peak = _peak_on_cpu(merge) if arguments.device == "cpu" else _peak_on_cuda(merge)

@@ -63,9 +63,9 @@ def merged_elements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             return None
 
         def merge_and_count(*chunk: Any) -> Tensor | None:
-            square_sum = function(*chunk)
-            merged[-1] += 0 if square_sum is None else CHUNK
-            return square_sum
+            norm = function(*chunk)
+            merged[-1] += 0 if norm is None else CHUNK
+            return norm
 
         return merge_and_count
 
@@ -306,9 +306,9 @@ def test_one_line_where_compiled_code_is_wrong(
     merged_elements: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def one_bit_off(out: Tensor, *arguments: Any) -> Tensor:
-        square_sum = compiled._merge_chunk(out, *arguments)
+        norm = compiled._merge_chunk(out, *arguments)
         out.view(torch.int16)[CHUNK - 1] += 1
-        return square_sum
+        return norm
 
     monkeypatch.setattr(compiled, "_compile", lambda: one_bit_off)
     base, tuned = family(2, 3 * CHUNK, dtype=torch.bfloat16)

@@ -73,6 +73,6 @@ def test_a_chunk(
         tensors = [torch.empty(ELEMENTS, dtype=dtype, device="cuda") for _ in range(MODELS + 1)]
         out = torch.empty_like(tensors[0])
         b = Buffers.allocate(ELEMENTS, out.device, wide)
-        square_sum = merge_chunk(out, tensors[0], tensors[1:], numbers, steps, b)
-    assert (square_sum.device.type, square_sum.dtype) == ("cuda", wide)
+        norm = merge_chunk(out, tensors[0], tensors[1:], numbers, steps, b)
+    assert (norm.device.type, norm.dtype) == ("cuda", wide)
     assert (out.device.type, out.dtype) == ("cuda", dtype)

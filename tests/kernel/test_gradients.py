@@ -98,7 +98,7 @@ def test_several_chunks(combine: Combine, monkeypatch: pytest.MonkeyPatch) -> No
         return list(torch.autograd.grad(merged.square().sum(), inputs))
 
     expected = gradients_of_all()
-    monkeypatch.setattr(buffers, "LARGEST_CPU_CHUNK", 64)
+    monkeypatch.setattr(buffers, "CPU_CHUNK", 64)
     for actual, whole in zip(gradients_of_all(), expected, strict=True):
         assert_same_bits(actual, whole)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import buffers, merging
+from mergekit_dare.kernel import buffers, merging, threads
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold
 from mergekit_dare.kernel.merging import FineTuned, Recipe
@@ -341,24 +341,27 @@ def test_chunk_borders(
         monkeypatch.undo()
         expected = merging.merge(base, entries, settings)
         for chunk in (4, 8, 1020, 1024, 3076, 3080):
-            monkeypatch.setattr(buffers, "LARGEST_CPU_CHUNK", chunk)
+            monkeypatch.setattr(buffers, "CPU_CHUNK", chunk)
             assert_same_bits(merging.merge(base, entries, settings), expected)
 
 
 @EACH_WAY
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_threads(combine: Combine, dtype: torch.dtype, way: dict[str, object]) -> None:
-    base, tuned = family(3, buffers.CPU_CHUNK_PER_THREAD * 4 + 12345, dtype=dtype)
+def test_threads(
+    combine: Combine, dtype: torch.dtype, way: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    base, tuned = family(3, buffers.CPU_CHUNK * 4 + 12345, dtype=dtype)
     entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             results.append(merging.merge(base, entries, recipe(combine, normalize=True, **way)))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 

@@ -191,7 +191,7 @@ def merges(draw: st.DrawFn, values: list[float | str] = SPECIAL) -> Case:
 def _small_chunks() -> Any:
     """So that most tensors span several chunks, and no buffer is large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "LARGEST_CPU_CHUNK", 16)
+        patch.setattr(buffers, "CPU_CHUNK", 16)
         yield
 
 
@@ -249,7 +249,7 @@ def test_any_order_layout_and_chunk(case: Case, random: Any) -> None:
     case.densities = [density for _, _, density in entries]
     case.base = case.base.clone(memory_format=torch.contiguous_format)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "LARGEST_CPU_CHUNK", random.choice([4, 8, 64, 256]))
+        patch.setattr(buffers, "CPU_CHUNK", random.choice([4, 8, 64, 256]))
         other, other_overflow = attempt(case.merge)
     assert str(other_overflow) == str(overflow)
     if overflow is None:

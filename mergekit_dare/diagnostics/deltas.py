@@ -75,6 +75,10 @@ class ChunkDeltas:
         return self._of(self.delta[kept])
 
 
+# Of statistics that have counted nothing; never changed.
+_EMPTY = torch.zeros(_BINS, dtype=torch.float64)
+
+
 @dataclass
 class DeltaStatistics:
     """What is known of one model's deltas, in one tensor or in all that were added.
@@ -102,7 +106,7 @@ class DeltaStatistics:
     dot_base: float = 0.0
     zeros: int = 0
     non_finite: int = 0
-    histogram: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
+    histogram: Tensor = field(default_factory=lambda: _EMPTY)
 
     def add_chunk(self, deltas: ChunkDeltas, base: Tensor, base_square_sum: float) -> None:
         """Count the deltas of a chunk.
@@ -131,7 +135,7 @@ class DeltaStatistics:
         magnitude = deltas.delta.float().abs()
         self.magnitude_sum += float(magnitude.sum(dtype=torch.float64))
         bins = magnitude.view(torch.int32).bitwise_right_shift_(_BIN_SHIFT)
-        self.histogram += torch.bincount(bins, minlength=_BINS).cpu()
+        self._add_histogram(torch.bincount(bins, minlength=_BINS).double().cpu())
 
     def add(self, other: DeltaStatistics, factor: float = 1.0) -> None:
         """Count all that ``other`` has counted.
@@ -150,7 +154,14 @@ class DeltaStatistics:
         self.dot_base += other.dot_base * factor
         self.zeros += round(other.zeros * factor)
         self.non_finite += math.ceil(other.non_finite * factor)
-        self.histogram.add_(other.histogram, alpha=factor)
+        if other.histogram is not _EMPTY:
+            self._add_histogram(other.histogram, factor)
+
+    def _add_histogram(self, counts: Tensor, factor: float = 1.0) -> None:
+        if self.histogram is _EMPTY:
+            self.histogram = counts * factor
+        else:
+            self.histogram.add_(counts, alpha=factor)
 
     @property
     def mean_magnitude(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,10 +31,11 @@ from mergekit_dare.diagnostics.deltas import (
 )
 from mergekit_dare.diagnostics.document import Document, choose
 from mergekit_dare.diagnostics.samples import Reader, Sampled
-from mergekit_dare.kernel import merging
+from mergekit_dare.kernel import merging, threads
 from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
+from mergekit_dare.kernel.masks import MaskBuffers, state_before, uniform_lanes
 from mergekit_dare.kernel.merging import FineTuned, Recipe
-from mergekit_dare.kernel.rounding import NARROW, Rounding
+from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 
 STANDING_OUT = 5  # tensors that are named for each model
@@ -227,7 +228,8 @@ def inspect_document(
         reader = Reader()
         kept: dict[Any, Any] = {}
         if not full:
-            stack.enter_context(_one_thread())
+            # In short operations, several threads wait longer than they work.
+            stack.enter_context(threads.single())
         for task in tqdm(tasks, desc="Measuring deltas", disable=options.quiet):
             gather = task.gather_tensors
             found = None
@@ -242,17 +244,6 @@ def inspect_document(
             _add_tensor(report, task, found, options.device or "cpu")
         report.share_read = 1.0 if full else reader.bytes.share
     return report
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: in short operations, several wait longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check_device(device: str | None) -> None:
@@ -372,7 +363,6 @@ def _add_change(
         lambda_=shared["lambda"],
         sampling=Sampling(shared["sampling"]),
     )
-    stochastic = replace(recipe, rounding=Rounding.STOCHASTIC)
     wide = base.float()
     whole = merging.merge(wide, [replace(model, density=1.0) for model in entries], recipe)
     drawn = merging.merge(wide, entries, recipe)
@@ -384,5 +374,14 @@ def _add_change(
     change.square_sum += factor * float(expected.dot(expected))
     left = (drawn.to(base.dtype).float() - wide).double().view(-1)
     change.kept += factor * float(expected.dot(left))
-    noise = (merging.merge(base, entries, stochastic).float() - drawn).double().view(-1)
+    noise = _rounding_noise(drawn.view(-1), base.dtype, recipe.seed).double()
     change.stochastic_square_sum += factor * float(noise.dot(noise))
+
+
+def _rounding_noise(merged: Tensor, dtype: torch.dtype, key: int) -> Tensor:
+    """Return what stochastic rounding to ``dtype`` adds; any draw is as good as a merge's own."""
+    buffers = MaskBuffers.allocate(merged.numel(), merged.device)
+    lanes = uniform_lanes(state_before(key, 0), torch.empty_like(merged), buffers)
+    rounded = torch.empty_like(merged, dtype=dtype)
+    round_stochastically(merged.clone(), lanes, rounded)
+    return rounded.float() - merged

@@ -34,6 +34,8 @@ _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
 # Elements times models for which another thread is started, to merge them or to make their keys:
 # that takes a tenth of a millisecond.
 LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 24
+# Elements up to which torch does not split an operation among threads.
+TORCHS_LEAST = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +226,8 @@ def _terms(theta_0: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> list
 
     used = [m for m in models if m.weight != 0 and threshold(m.density) > 0 and theta_0.numel()]
     if theta_0.device.type == "cpu":
-        work = theta_0.numel() * len(used)
-        terms = [*itertools.chain(*threads.run(make, used, work // LEAST_PLANNED))]
+        most = _most_threads(theta_0.numel(), len(used), LEAST_PLANNED)
+        terms = [*itertools.chain(*threads.run(make, used, most))]
     else:
         terms = make(iter(used))
     return sorted(terms, key=lambda term: (term.key, term.t, term.scale, term.factor))
@@ -285,11 +287,16 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
 
     pieces = chunks(chunk_size(device), out, *job.vectors, start=done)
     if device.type == "cpu":
-        work = (out.numel() - done) * len(job.terms)
-        largest += threads.run(merge_all, pieces, work // LEAST_MERGED)
+        most = _most_threads(out.numel() - done, len(job.terms), LEAST_MERGED)
+        largest += threads.run(merge_all, pieces, most)
     else:
         largest.append(merge_all(pieces))
-    return float(torch.stack(largest).max())
+    return float(largest[0] if len(largest) == 1 else torch.stack(largest).max())
+
+
+def _most_threads(elements: int, models: int, least: int) -> int:
+    """Return at most how many threads pay; 0 where torch takes but one by itself."""
+    return 0 if elements <= TORCHS_LEAST else max(1, elements * models // least)
 
 
 Piece = tuple[int, tuple[Tensor, ...]]

@@ -36,8 +36,8 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
         worker: Takes items until there are no more; each item goes to one call only. It runs in
             inference mode, and with one thread of torch.
         items: Generated one by one, as they are asked for.
-        most: At most so many threads, and at most :func:`count`; with one, ``worker`` is called
-            here.
+        most: At most so many threads, and at most :func:`count`; with 1, ``worker`` is called here,
+            and with 0 also without inference mode or a change of torch's threads.
 
     Returns:
         What each call returned, in any order.
@@ -47,6 +47,8 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
             way, all threads have ended, for no more items were given out.
 
     """
+    if most == 0:  # in small merges, all that follows is what takes the time
+        return [worker(iter(items))]
     supply = _Supply(items)
     results: list[R] = []
     errors: list[BaseException] = []
@@ -54,8 +56,13 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
 
     def work() -> None:
         torch.get_num_threads()  # a thread's first call of torch would undo what is set before
-        torch.set_num_threads(1)
+        with _LOCK:
+            too_late = supply.has_ended  # after an error, or an interruption of who starts us
+            if not too_late:
+                torch.set_num_threads(1)
         ready.release()
+        if too_late:
+            return
         try:
             with torch.inference_mode():
                 results.append(worker(supply))
@@ -66,19 +73,22 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
     wanted = min(count(), most)
     started: list[threading.Thread] = []
     try:
-        with _torch_restored():
-            if wanted > 1:
-                started = _started(work, wanted)
-            for _ in started:
-                ready.acquire()
-            if not started:
-                work()
+        before = _remember_threads_of_torch()
+        if wanted > 1:
+            _start(started, work, wanted)
+        for _ in started:
+            ready.acquire()
+        torch.set_num_threads(before)  # for what others start meanwhile
+        if not started:
+            work()
         for thread in started:
             thread.join()
-    finally:
-        supply.end()  # this thread may have been interrupted
+    finally:  # this thread may have been interrupted, wherever it was
+        supply.end()
         for thread in started:
-            thread.join()
+            if thread.ident is not None:  # else it has not begun, and will end at once
+                thread.join()
+        _restore_threads_of_torch()
     if errors:
         raise errors[0]
     return results
@@ -87,22 +97,23 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
 @contextmanager
 def single() -> Iterator[None]:
     """Let torch do all with one thread in this block."""
-    with _torch_restored():
+    try:
+        _remember_threads_of_torch()
         torch.set_num_threads(1)
         yield
+    finally:
+        _restore_threads_of_torch()
 
 
-def _started(work: Callable[[], None], wanted: int) -> list[threading.Thread]:
-    """Start threads, or as many as the system allows."""
-    threads: list[threading.Thread] = []
-    try:
-        for number in range(wanted):
-            thread = threading.Thread(target=work, name=f"mergekit-dare-{number}")
-            thread.start()
-            threads.append(thread)
-    except RuntimeError:  # there is a limit of their number, or the interpreter is about to end
-        pass
-    return threads
+def _start(started: list[threading.Thread], work: Callable[[], None], wanted: int) -> None:
+    """Start threads, or as many as the system allows; each is in the list before it runs."""
+    for number in range(wanted):
+        started.append(threading.Thread(target=work, name=f"mergekit-dare-{number}"))
+        try:
+            started[-1].start()
+        except RuntimeError:  # there is a limit of their number, or the interpreter is about to end
+            started.pop()
+            return
 
 
 class _Supply(Generic[T]):
@@ -110,6 +121,7 @@ class _Supply(Generic[T]):
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items, self._lock = iter(items), threading.Lock()
+        self.has_ended = False
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -121,7 +133,7 @@ class _Supply(Generic[T]):
     def end(self) -> None:
         """Give out no more."""
         with self._lock:
-            self._items = iter(())
+            self._items, self.has_ended = iter(()), True
 
 
 def count() -> int:
@@ -129,8 +141,8 @@ def count() -> int:
 
     torch's number is what ``torch.set_num_threads``, mergekit's ``-j`` and OMP_NUM_THREADS set.
     """
-    with _STATE.lock:
-        of_torch = _STATE.threads_of_torch if _STATE.users else torch.get_num_threads()
+    with _LOCK:
+        of_torch = _remembered()
     return max(1, min(of_torch, cores(), MOST))
 
 
@@ -178,35 +190,39 @@ def _quota_of(group: Path) -> float | None:
         return None
 
 
-class _State:
-    """Which number of threads torch had before threads of ours set it to one.
-
-    torch keeps the number for each thread, but gives a new thread the last one that any was set
-    to. So what others start in the moment in which threads of ours start may get one, too.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.threads_of_torch = 1
+# torch keeps its number of threads for each thread, but gives a new thread the last one that any
+# was set to. So what others start in the moment in which threads of ours start may get one, too.
+# Here is the number before, by the thread that has work done.
+_BEFORE: dict[int, int] = {}
+_LOCK = threading.Lock()
 
 
-_STATE = _State()
+def _forget() -> None:
+    """Start anew in a forked child: it has none of the other threads, one of which may lock."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    _BEFORE.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A child has none of its parent's other threads, which might hold the lock.
-    os.register_at_fork(after_in_child=lambda: _STATE.__init__())  # type: ignore[misc]
+    os.register_at_fork(after_in_child=_forget)
 
 
-@contextmanager
-def _torch_restored() -> Iterator[None]:
-    """Set torch's number of threads back at the end, also if such blocks overlap."""
-    with _STATE.lock:
-        if _STATE.users == 0:
-            _STATE.threads_of_torch = torch.get_num_threads()
-        _STATE.users += 1
-    try:
-        yield
-    finally:
-        with _STATE.lock:
-            _STATE.users -= 1
-            torch.set_num_threads(_STATE.threads_of_torch)
+def _remembered() -> int:
+    # What this thread has may be of another's making, in such a moment.
+    return next(iter(_BEFORE.values()), 0) or torch.get_num_threads()
+
+
+def _remember_threads_of_torch() -> int:
+    with _LOCK:
+        before = _BEFORE[threading.get_ident()] = _remembered()
+    return before
+
+
+def _restore_threads_of_torch() -> None:
+    """Set torch's number of threads back, unless that is done; can be interrupted and repeated."""
+    this = threading.get_ident()
+    with _LOCK:
+        if this in _BEFORE:
+            torch.set_num_threads(_BEFORE[this])
+            del _BEFORE[this]

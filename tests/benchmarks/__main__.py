@@ -10,10 +10,12 @@ from mergekit_dare.kernel import compiled
 
 SECTIONS = {
     "kernel": "time of merging one tensor",
+    "busy": "the same while other processes want the cores, too",
     "startup": "what compiled code costs at first, and from what size of merge it pays",
     "memory": "peak memory of merging one tensor, beside inputs and output",
     "inspecting": "mergekit-dare inspect: a sample, and all weights",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
+    "growth": "how the cost of whole runs grows with size and number of models",
 }
 
 

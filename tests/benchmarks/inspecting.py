@@ -14,7 +14,7 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_dare.diagnostics import inspection
-from tests.benchmarks.process import MODELS, make_models
+from tests.benchmarks.process import MODELS, SIZES, make_models
 from tests.benchmarks.report import show
 
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     Imports come before the clock. Bytes are those that were read from the disk with cold files.
     """
     folder: Path = arguments.folder
-    parameters = make_models(folder)
+    parameters = make_models(folder, SIZES["0.66B"], MODELS)
     models = [
         {"model": str(folder / name), "parameters": {"weight": 0.3, "density": 0.1}}
         for name in MODELS

@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -23,6 +24,8 @@ from tests.benchmarks.candidates import DENSITY, WEIGHT
 from tests.benchmarks.report import paired_ratio, show
 
 MODELS = ["a", "b", "c"]
+# Of a Llama: width, inner width, layers.
+SIZES = {"0.1B": (768, 2048, 8), "0.66B": (1536, 4096, 20), "2B": (2560, 6912, 24)}
 COMPILED, BUILT_IN = {compiled.SWITCH: "1"}, {autoload.SWITCH: "0"}
 # name: method, environment
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
@@ -48,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Make the checkpoints, run all commands in turn, and print one row for each."""
     folder: Path = arguments.folder
-    parameters = make_models(folder)
+    parameters = make_models(folder, SIZES["0.66B"], MODELS)
     runs = {
         name: run
         for name, run in RUNS.items()
@@ -61,11 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
         for name, (method, environment) in runs.items():
             if round_number < 0 and name.startswith("built-in"):
                 continue
-            wall, peak = _merge(folder, method, environment)
+            cost = merge_once(folder, method, environment, MODELS)
             progress.update()
             if round_number >= 0:
-                seconds[name].append(wall)
-                peaks[name].append(peak)
+                seconds[name].append(cost.seconds)
+                peaks[name].append(cost.peak)
     progress.close()
     rows: list[dict[str, Any]] = [
         {
@@ -83,20 +86,21 @@ def run(arguments: argparse.Namespace) -> None:
         shutil.rmtree(folder)
 
 
-def make_models(folder: Path) -> int:
-    """Save a base and three fine-tuned versions in bfloat16; return the number of parameters."""
+def make_models(folder: Path, size: tuple[int, int, int], names: Sequence[str]) -> int:
+    """Save a base and fine-tuned versions in bfloat16; return the number of parameters."""
+    width, inner, layers = size
     config = LlamaConfig(
         vocab_size=32_000,
-        hidden_size=1536,
-        intermediate_size=4096,
-        num_hidden_layers=20,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=16,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     count: int = sum(parameter.numel() for parameter in model.parameters())
-    for name in ["base", *MODELS]:
+    for name in ["base", *names]:
         if name != "base":
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -106,9 +110,30 @@ def make_models(folder: Path) -> int:
     return count
 
 
-def _merge(folder: Path, method: str, environment: dict[str, str]) -> tuple[float, float]:
-    """Run one merge; return its wall time in seconds and its peak resident memory in MiB."""
-    models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in MODELS]
+class Cost(NamedTuple):
+    """What one merge took.
+
+    Attributes:
+        seconds: Wall time of the whole process.
+        peak: Peak resident memory in MiB, with the pages of mapped files.
+        anonymous: The same without them.
+        read: MB read from the disk.
+        written: MB written to the disk.
+
+    """
+
+    seconds: float
+    peak: float
+    anonymous: float
+    read: float
+    written: float
+
+
+def merge_once(
+    folder: Path, method: str, environment: dict[str, str], names: Sequence[str]
+) -> Cost:
+    """Merge the models of these names in a process of its own."""
+    models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in names]
     config: dict[str, Any] = {"merge_method": method, "models": models}
     if method == "passthrough":
         del models[1:]
@@ -127,9 +152,28 @@ def _merge(folder: Path, method: str, environment: dict[str, str]) -> tuple[floa
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
-    _, status, usage = os.wait4(process.pid, 0)
+    anonymous = 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        anonymous = max(anonymous, _anonymous_bytes(process.pid))
+        time.sleep(0.02)
     wall = time.perf_counter() - start
+    _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         assert process.stderr is not None
         raise RuntimeError(process.stderr.read().decode())
-    return wall, usage.ru_maxrss / 1024
+    read, written = (blocks * 512 / 1e6 for blocks in (usage.ru_inblock, usage.ru_oublock))
+    return Cost(wall, usage.ru_maxrss / 1024, anonymous / 2**20, read, written)
+
+
+def _anonymous_bytes(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # not on Linux, or it has just ended
+        return 0
+    lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of a model's weights on the disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

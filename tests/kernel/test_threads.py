@@ -26,6 +26,9 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(3)
     running = set(threading.enumerate())
     yield
+    patience = time.monotonic() + 10  # one that was just being started at Ctrl-C has yet to end
+    while set(threading.enumerate()) != running and time.monotonic() < patience:
+        time.sleep(0.01)
     assert set(threading.enumerate()) == running
     assert torch.get_num_threads() == 3
     with ThreadPoolExecutor(1) as new_thread:
@@ -55,7 +58,7 @@ def test_each_item_goes_to_one_thread() -> None:
         (3, 2, 6, 2),
         (1, 4, 6, 1),
         (3, 4, 2, 2),
-        (3, 4, 0, 1),
+        (3, 4, 1, 1),
         (64, 64, 64, threads.MOST),
     ],
 )
@@ -75,6 +78,21 @@ def test_how_many(
     assert {count for _, count in found} == {1}
     if expected == 1:  # without another thread
         assert found[0][0] == threading.current_thread().name
+
+
+def test_small_work_is_done_as_it_is() -> None:
+    def work(items: Iterator[int]) -> tuple[list[int], int, threading.Thread]:
+        return list(items), torch.get_num_threads(), threading.current_thread()
+
+    assert threads.run(work, range(3), most=0) == [([0, 1, 2], 3, threading.current_thread())]
+
+
+def test_a_single_thread_of_torch() -> None:
+    with threads.single():
+        assert torch.get_num_threads() == 1
+        assert threads.count() == 3
+    with pytest.raises(ValueError, match="invalid literal"), threads.single():
+        int("x")
 
 
 def test_an_error_ends_all() -> None:
@@ -104,10 +122,13 @@ def test_an_error_of_the_items() -> None:
         threads.run(list, items())
 
 
-def test_ctrl_c() -> None:
+@pytest.mark.parametrize("when", [0, 1, 5, 50])
+def test_ctrl_c(when: int) -> None:
+    """Also while threads are being started."""
+
     def work(items: Iterator[int]) -> None:
         for item in items:
-            if item == 5:
+            if item == when:
                 os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.001)
 

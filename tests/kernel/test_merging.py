@@ -352,7 +352,10 @@ def test_threads(
     combine: Combine, dtype: torch.dtype, way: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "cores", lambda: 8)
-    base, tuned = family(3, buffers.CPU_CHUNK * 4 + 12345, dtype=dtype)
+    monkeypatch.setattr(buffers, "CPU_CHUNK", 1 << 14)
+    for least in ("LEAST_MERGED", "LEAST_PLANNED"):
+        monkeypatch.setattr(merging, least, 1 << 14)
+    base, tuned = family(3, (1 << 16) + 12345, dtype=dtype)
     entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
     before = torch.get_num_threads()
     try:

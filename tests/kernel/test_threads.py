@@ -175,8 +175,11 @@ def test_after_a_fork() -> None:
 
     expected = merged()
 
+    one_at_a_time = threading.Lock()  # filelock, which huggingface_hub needs, refuses others
+
     def code_of_child(of_torch: int) -> int:
-        child = os.fork()
+        with one_at_a_time:
+            child = os.fork()
         if child == 0:
             as_ever = merged() == expected and torch.get_num_threads() == of_torch
             os._exit(7 if as_ever else 1)

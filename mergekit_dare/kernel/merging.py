@@ -225,11 +225,8 @@ def _terms(theta_0: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> list
         return [_term(model, theta_0, recipe, weight_unit, factor_unit) for model in models]
 
     used = [m for m in models if m.weight != 0 and threshold(m.density) > 0 and theta_0.numel()]
-    if theta_0.device.type == "cpu":
-        most = _most_threads(theta_0.numel(), len(used), LEAST_PLANNED)
-        terms = [*itertools.chain(*threads.run(make, used, most))]
-    else:
-        terms = make(iter(used))
+    most = _most_threads(theta_0.device, theta_0.numel(), len(used), LEAST_PLANNED)
+    terms = itertools.chain(*threads.run(make, used, most))
     return sorted(terms, key=lambda term: (term.key, term.t, term.scale, term.factor))
 
 
@@ -286,17 +283,16 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
             return _merge_pieces(pieces, job, merge_one)[0]
 
     pieces = chunks(chunk_size(device), out, *job.vectors, start=done)
-    if device.type == "cpu":
-        most = _most_threads(out.numel() - done, len(job.terms), LEAST_MERGED)
-        largest += threads.run(merge_all, pieces, most)
-    else:
-        largest.append(merge_all(pieces))
+    most = _most_threads(device, out.numel() - done, len(job.terms), LEAST_MERGED)
+    largest += threads.run(merge_all, pieces, most)
     return float(largest[0] if len(largest) == 1 else torch.stack(largest).max())
 
 
-def _most_threads(elements: int, models: int, least: int) -> int:
-    """Return at most how many threads pay; 0 where torch takes but one by itself."""
-    return 0 if elements <= TORCHS_LEAST else max(1, elements * models // least)
+def _most_threads(device: torch.device, elements: int, models: int, least: int) -> int:
+    """Return at most how many threads pay; 0 where torch takes but one by itself, or a device."""
+    if device.type != "cpu" or elements <= TORCHS_LEAST:
+        return 0
+    return max(1, elements * models // least)
 
 
 Piece = tuple[int, tuple[Tensor, ...]]

@@ -43,7 +43,7 @@ class Environment:
 
     def pip(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert result.returncode == 0, result.stderr
 
     def install(self, *what: str) -> None:
@@ -63,6 +63,7 @@ class Environment:
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
         assert not check or result.returncode == 0, result.stderr
         return result.stdout, result.stderr

@@ -263,7 +263,11 @@ def test_killed(where: str, count: int, models: Path, tmp_path: Path) -> None:
     options = ["--quiet", "--out-shard-size", "5000"]
     command = [sys.executable, "-c", KILLED, where, str(count), path, str(out), *options]
     killed = subprocess.run(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, check=False
+        command,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        check=False,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert list(out.iterdir())

@@ -37,6 +37,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
     if downloaded.returncode != 0 and "CI" not in os.environ:
         pytest.skip("the source distribution of mergekit cannot be downloaded")
@@ -61,6 +62,7 @@ def test_peer_suite(suite: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=500,
     )
     print(result.stdout[-3000:])
     failed = set(re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE))

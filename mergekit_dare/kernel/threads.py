@@ -71,7 +71,7 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
             errors.append(error)
 
     wanted = min(count(), most)
-    started: list[threading.Thread] = []
+    started: list[_Thread] = []
     try:
         before = _remember_threads_of_torch()
         if wanted > 1:
@@ -82,12 +82,12 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
         if not started:
             work()
         for thread in started:
-            thread.join()
+            thread.ended.wait()
     finally:  # this thread may have been interrupted, wherever it was
         supply.end()
         for thread in started:
             if thread.ident is not None:  # else it has not begun, and will end at once
-                thread.join()
+                thread.ended.wait()
         _restore_threads_of_torch()
     if errors:
         raise errors[0]
@@ -105,10 +105,28 @@ def single() -> Iterator[None]:
         _restore_threads_of_torch()
 
 
-def _start(started: list[threading.Thread], work: Callable[[], None], wanted: int) -> None:
+class _Thread(threading.Thread):
+    """Tells when it has ended, also after Ctrl-C.
+
+    Python up to 3.12 takes a thread for ended, and does not wait for it again, once an interruption
+    came while ``join`` waited for it.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        super().__init__(name=name)
+        self._work, self.ended = work, threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+
+
+def _start(started: list[_Thread], work: Callable[[], None], wanted: int) -> None:
     """Start threads, or as many as the system allows; each is in the list before it runs."""
     for number in range(wanted):
-        started.append(threading.Thread(target=work, name=f"mergekit-dare-{number}"))
+        started.append(_Thread(work, f"mergekit-dare-{number}"))
         try:
             started[-1].start()
         except RuntimeError:  # there is a limit of their number, or the interpreter is about to end

@@ -136,6 +136,23 @@ def test_ctrl_c(when: int) -> None:
         threads.run(work, iter(range(10**9)))
 
 
+def test_ctrl_c_waits_for_what_was_begun() -> None:
+    """Python up to 3.12 takes a thread for ended when an interruption ends the wait for it."""
+    under_way: list[int] = []
+
+    def work(items: Iterator[int]) -> None:
+        for item in items:
+            under_way.append(item)
+            if item == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.6 if threading.current_thread().name.endswith("0") else 0.1)
+            under_way.remove(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(work, iter(range(10**9)))
+    assert not under_way
+
+
 def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -15,6 +15,7 @@ SECTIONS = {
     "memory": "peak memory of merging one tensor, beside inputs and output",
     "inspecting": "mergekit-dare inspect: a sample, and all weights",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
+    "stages": "where the time of a whole run goes, with options of mergekit",
     "growth": "how the cost of whole runs grows with size and number of models",
 }
 

@@ -129,10 +129,8 @@ class Cost(NamedTuple):
     written: float
 
 
-def merge_once(
-    folder: Path, method: str, environment: dict[str, str], names: Sequence[str]
-) -> Cost:
-    """Merge the models of these names in a process of its own."""
+def merge_config(folder: Path, method: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the config that merges the models of these names."""
     models: list[dict[str, Any]] = [{"model": str(folder / name)} for name in names]
     config: dict[str, Any] = {"merge_method": method, "models": models}
     if method == "passthrough":
@@ -141,8 +139,15 @@ def merge_once(
         config["base_model"] = str(folder / "base")
         for entry in models:
             entry["parameters"] = {"weight": WEIGHT, "density": DENSITY}
+    return config
+
+
+def merge_once(
+    folder: Path, method: str, environment: dict[str, str], names: Sequence[str]
+) -> Cost:
+    """Merge the models of these names in a process of its own."""
     path = folder / "config.yml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(merge_config(folder, method, names)))
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()

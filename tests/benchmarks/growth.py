@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
@@ -14,7 +13,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks.process import RUNS, SIZES, Cost, folder_bytes, make_models, merge_once
+from tests.benchmarks.process import (
+    RUNS,
+    SIZES,
+    Cost,
+    drop_from_cache,
+    folder_bytes,
+    make_models,
+    merge_once,
+)
 from tests.benchmarks.report import show
 
 GB = 1e9
@@ -69,12 +76,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _merge(
     folder: Path, name: str, models: Sequence[str], cold: bool, *, first: bool = False
 ) -> Cost:
-    for file in folder.glob("*/*.safetensors"):
-        with file.open("rb") as opened:
-            if cold:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            elif first:
+    if cold:
+        drop_from_cache(folder)
+    elif first:
+        for file in folder.glob("*/*.safetensors"):
+            with file.open("rb") as opened:
                 while opened.read(1 << 24):
                     pass
     return merge_once(folder, *RUNS[name], models)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import time
@@ -14,7 +13,7 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_dare.diagnostics import inspection
-from tests.benchmarks.process import MODELS, SIZES, make_models
+from tests.benchmarks.process import MODELS, SIZES, drop_from_cache, make_models
 from tests.benchmarks.report import show
 
 
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     path.write_text(yaml.safe_dump(config))
     rows: list[dict[str, Any]] = []
     for name, full in (("sample", False), ("--full", True)):
-        _drop(folder)
+        drop_from_cache(folder)
         cold = _inspect(path, full=full)
         warm = [_inspect(path, full=full) for _ in range(arguments.rounds)]
         rows.append(
@@ -68,11 +67,3 @@ def _inspect(path: Path, *, full: bool) -> tuple[float, int]:
 def _read_bytes() -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
-
-
-def _drop(folder: Path) -> None:
-    """Take the files out of the operating system's cache."""
-    for file in folder.rglob("*.safetensors"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -182,3 +182,11 @@ def _anonymous_bytes(process: int) -> int:
 def folder_bytes(folder: Path) -> int:
     """Return the size of a model's weights on the disk."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Take the weights in this folder out of the operating system's cache."""
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

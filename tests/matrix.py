@@ -30,7 +30,7 @@ PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 # Run unless others are named: they have the oldest and the newest of everything.
 USUAL = ("oldest", "newest")
 # Of compiled code, one test for each way through it.
-COMPILED = "same_bits and bfloat16 or sampling_and_rounding and bfloat16 or one_line"
+COMPILED = "same_bits or own_loader or one_line"
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "hatchling", "editables"]
 
 

@@ -32,9 +32,7 @@ from mergekit_dare.diagnostics.deltas import (
 from mergekit_dare.diagnostics.document import Document, choose
 from mergekit_dare.diagnostics.samples import Reader, Sampled
 from mergekit_dare.kernel import merging, threads
-from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
 from mergekit_dare.kernel.masks import MaskBuffers, state_before, uniform_lanes
-from mergekit_dare.kernel.merging import FineTuned, Recipe
 from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 
@@ -343,32 +341,16 @@ def _add_change(
 
     ``factor``: how many times as many elements it has as its sample, which is what is merged.
     """
-    methods = {f"dare_{combine.value}": combine for combine in Combine}
-    shared = dict(task.parameters.items())
-    narrow = base.dtype in NARROW and task.method_name in methods
-    if not narrow or "sampling" not in shared:
+    recipe = planning.recipe_of(task)
+    if recipe is None or base.dtype not in NARROW:
         return
-    of_models = {model: dict(task.input_parameters[model].items()) for model in tensors}
-    entries = [
-        FineTuned(str(model), tensor, of_models[model]["weight"], of_models[model]["density"])
-        for model, tensor in tensors.items()
-        if tensor.dtype in SUPPORTED_DTYPES
-    ]
-    recipe = Recipe(
-        methods[task.method_name],
-        task.output_weight.name,
-        shared["seed"] or 0,
-        normalize=shared["normalize"],
-        rescale=shared["rescale"],
-        lambda_=shared["lambda"],
-        sampling=Sampling(shared["sampling"]),
-    )
+    entries = planning.fine_tuned(task, tensors)
     wide = base.float()
     whole = merging.merge(wide, [replace(model, density=1.0) for model in entries], recipe)
     drawn = merging.merge(wide, entries, recipe)
     expected = (whole - wide).double().view(-1)
     if report.change is None:
-        report.change = MergedChange(recipe.sampling, Rounding(shared["rounding"]))
+        report.change = MergedChange(recipe.sampling, recipe.rounding)
         report.change.dtype = str(base.dtype).removeprefix("torch.")
     change = report.change
     change.square_sum += factor * float(expected.dot(expected))

@@ -29,6 +29,10 @@ from mergekit_dare.diagnostics import model_files
 from mergekit_dare.diagnostics.document import Document, plain
 from mergekit_dare.diagnostics.findings import UnusableFileError
 from mergekit_dare.diagnostics.host import configuration
+from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
+from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.rounding import Rounding
+from mergekit_dare.kernel.sampling import Sampling
 
 
 def plan(
@@ -122,6 +126,36 @@ def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[
     """
     inputs: dict[Any, Tensor] = _run(task.gather_tensors, results)
     return inputs
+
+
+def recipe_of(task: ExecuteMergeMethodTask) -> Recipe | None:
+    """Return what is the same for all models of a task; ``None`` if it is not one of ours."""
+    methods = {f"dare_{combine.value}": combine for combine in Combine}
+    shared = dict(task.parameters.items())
+    if task.method_name not in methods or "sampling" not in shared:
+        return None
+    return Recipe(
+        methods[task.method_name],
+        task.output_weight.name,
+        shared["seed"] or 0,
+        normalize=shared["normalize"],
+        rescale=shared["rescale"],
+        lambda_=shared["lambda"],
+        sampling=Sampling(shared["sampling"]),
+        rounding=Rounding(shared["rounding"]),
+    )
+
+
+def fine_tuned(
+    task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, Tensor]
+) -> list[FineTuned]:
+    """Return the fine-tuned models' shares in a task of ours."""
+    of_models = {model: dict(task.input_parameters[model].items()) for model in tensors}
+    return [
+        FineTuned(str(model), tensor, of_models[model]["weight"], of_models[model]["density"])
+        for model, tensor in tensors.items()
+        if tensor.dtype in SUPPORTED_DTYPES
+    ]
 
 
 def _run(task: Task[Any], results: dict[Task[Any], Any]) -> Any:

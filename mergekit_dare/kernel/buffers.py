@@ -22,23 +22,20 @@ def chunk_size(device: torch.device) -> int:
     return CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
-def chunks(size: int, *vectors: Tensor, start: int = 0) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def chunks(size: int, *vectors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Yield the index of each chunk's first element and the chunk's part of each vector.
 
     Args:
         size: Elements in a chunk; the last one may have fewer.
         vectors: All of one length.
-        start: Index of the first chunk's first element.
 
     """
     elements = vectors[0].numel()
-    if start > 0:
-        vectors = tuple(vector[start:] for vector in vectors)
-    if start < elements <= start + size:  # the common case; a split takes as long as merging 10,000
-        yield start, vectors
-    elif start < elements:
+    if 0 < elements <= size:  # the common case; a split takes as long as merging 10,000
+        yield 0, vectors
+    elif elements > 0:
         yield from zip(
-            range(start, elements, size),
+            range(0, elements, size),
             zip(*(torch.split(vector, size) for vector in vectors), strict=True),
             strict=True,
         )

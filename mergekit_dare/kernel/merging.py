@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -262,29 +262,29 @@ def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
 def _merge_chunks(out: Tensor, job: Job) -> float:
     """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
-    The bound is the largest chunk's L2 norm. Compiled code takes as many chunks as it can.
+    The bound is the largest chunk's L2 norm. Whole chunks are merged by compiled code, if there is.
     """
     device, steps = out.device, job.steps
-    largest, done = [], 0
-    merge_compiled = compiled.merge_function(out, job.vectors, steps)
-    if merge_compiled is not None:
-        whole = out.numel() // compiled.CHUNK * compiled.CHUNK
-        pieces = chunks(compiled.CHUNK, out[:whole], *(v[:whole] for v in job.vectors))
-        norm, stopped_at = _merge_pieces(pieces, job, merge_compiled)
-        largest, done = [norm], whole if stopped_at is None else stopped_at
+    size = chunk_size(device)
+    merge_compiled = compiled.merge_function(job.vectors, steps, job.numbers)
 
     def merge_all(pieces: Iterator[Piece]) -> Tensor:
+        # One for all: small tensors that live on between large ones keep freed memory from use.
+        largest = torch.zeros((), dtype=steps.dtype, device=device)
         with Buffers.lent(device, steps.dtype) as b:
+            for first, chunk in pieces:
+                numbers, norm = job.numbers(first), None
+                if merge_compiled is not None and chunk[0].numel() == size:
+                    norm = merge_compiled(chunk, numbers)
+                if norm is None:
+                    out, theta_0, *thetas = chunk
+                    part = b.first(out.numel())
+                    norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
+                torch.maximum(largest, norm, out=largest)
+        return largest
 
-            def merge_one(chunk: Sequence[Tensor], numbers: Numbers) -> Tensor:
-                out, theta_0, *thetas = chunk
-                return merge_chunk(out, theta_0, thetas, numbers, steps, b.first(out.numel()))
-
-            return _merge_pieces(pieces, job, merge_one)[0]
-
-    pieces = chunks(chunk_size(device), out, *job.vectors, start=done)
-    most = _most_threads(device, out.numel() - done, len(job.terms), LEAST_MERGED)
-    largest += threads.run(merge_all, pieces, most)
+    most = _most_threads(device, out.numel(), len(job.terms), LEAST_MERGED)
+    largest = threads.run(merge_all, chunks(size, out, *job.vectors), most)
     return float(largest[0] if len(largest) == 1 else torch.stack(largest).max())
 
 
@@ -296,26 +296,6 @@ def _most_threads(device: torch.device, elements: int, models: int, least: int) 
 
 
 Piece = tuple[int, tuple[Tensor, ...]]
-
-
-def _merge_pieces(
-    pieces: Iterator[Piece],
-    job: Job,
-    merge_one: Callable[[Sequence[Tensor], Numbers], Tensor | None],
-) -> tuple[Tensor, int | None]:
-    """Merge chunk after chunk; return the largest of their norms, NaN if there is a NaN.
-
-    ``merge_one`` may return ``None`` in place of a chunk's norm: it cannot go on, and
-    the index of the chunk's first element is returned, too.
-    """
-    # One for all: small tensors that live on between large ones keep freed memory from use.
-    largest = torch.zeros((), dtype=job.steps.dtype, device=job.theta_0.device)
-    for first, chunk in pieces:
-        norm = merge_one(chunk, job.numbers(first))
-        if norm is None:
-            return largest, first
-        torch.maximum(largest, norm, out=largest)
-    return largest, None
 
 
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ def main() -> None:
         module.add_arguments(section)
         section.set_defaults(run=module.run)
     arguments = parser.parse_args()
-    os.environ.pop(compiled.SWITCH, None)  # each section switches it on where it is measured
+    os.environ[compiled.SWITCH] = "0"  # each section switches it on where it is measured
     arguments.run(arguments)
 
 

@@ -78,21 +78,25 @@ def merges(inputs: list[Tensor]) -> dict[str, Merge]:
         calls[f"{method.spec.name} stochastic"] = merge(method, inputs, rounding="stochastic")
     if inputs[0].device.type == "cpu":
         for how in ("linear", "ties"):
-            calls[f"compiled {how}"] = compiled_merge(calls[f"dare_{how}"])
+            calls[f"compiled {how}"] = merge_with("1", calls[f"dare_{how}"])
     return calls
 
 
-def compiled_merge(merge: Merge) -> Merge:
-    """Return the same call with compiled code."""
+def merge_with(switch: str, merge: Merge) -> Merge:
+    """Return the same call, with compiled code or without: MERGEKIT_DARE_COMPILE is 1 or 0."""
 
-    def with_compiled_code() -> object:
-        os.environ[compiled.SWITCH] = "1"
+    def switched() -> object:
+        before = os.environ.get(compiled.SWITCH)
+        os.environ[compiled.SWITCH] = switch
         try:
             return merge()
         finally:
-            del os.environ[compiled.SWITCH]
+            if before is None:
+                del os.environ[compiled.SWITCH]
+            else:
+                os.environ[compiled.SWITCH] = before
 
-    return with_compiled_code
+    return switched
 
 
 def range_watch(inputs: list[Tensor]) -> Merge:

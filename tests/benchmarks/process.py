@@ -26,7 +26,7 @@ from tests.benchmarks.report import paired_ratio, show
 MODELS = ["a", "b", "c"]
 # Of a Llama: width, inner width, layers.
 SIZES = {"0.1B": (768, 2048, 8), "0.66B": (1536, 4096, 20), "2B": (2560, 6912, 24)}
-COMPILED, BUILT_IN = {compiled.SWITCH: "1"}, {autoload.SWITCH: "0"}
+COMPILED, BUILT_IN = {compiled.SWITCH: "1"}, {autoload.SWITCH: "0"}  # else without compiled code
 # name: method, environment
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "dare_linear": ("dare_linear", {}),

@@ -1,4 +1,4 @@
-"""The time that compiled code takes at first, and the size of merge from which that pays."""
+"""What compiled code takes to make and to load, and the size of merge from which that pays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mergekit_dare.kernel import compiled
+from mergekit_dare.kernel import compiled, packages
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure fresh processes, with a fresh cache of compiled code and with that cache again."""
+    """Measure fresh processes, with an empty cache and with that cache again."""
     if arguments.child:
         print(json.dumps(_in_this_process(arguments.child, arguments.models)))
         return
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     for _ in tqdm(range(arguments.rounds), file=sys.stderr):
         for method in ("dare_linear", "dare_ties"):
             with tempfile.TemporaryDirectory() as cache:
-                for start in ("cold", "warm"):
+                for start in ("made", "loaded"):
                     figures = _in_a_fresh_process(method, arguments.models, cache)
                     starts.setdefault((method, start), []).append(figures)
     rows: list[dict[str, Any]] = []
@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
             for key in ("seconds", "plain", "compiled")
         )
         row: dict[str, Any] = {"method": method, "models": arguments.models, "dtype": DTYPE}
-        row |= {"start": start, "seconds at first": seconds}
+        row |= {"package is": start, "seconds at first": seconds}
         row |= {"ns": plain * 1e9, "compiled ns": with_compiled * 1e9}
-        row["pays from billion elements x models"] = seconds / (plain - with_compiled) / 1e9
+        row["pays from million elements x models"] = seconds / (plain - with_compiled) / 1e6
         rows.append(row)
     show(rows, as_json=arguments.json)
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _in_a_fresh_process(method: str, models: int, cache: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks", "startup"]
     command += ["--child", method, "--models", str(models)]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    environment = os.environ | {packages.FOLDER: cache}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
@@ -67,13 +67,14 @@ def _in_this_process(method: str, models: int) -> dict[str, float]:
     """Return the seconds that the first merge takes longer, and those for an element and model."""
     inputs = candidates.tensors(models, ELEMENTS, candidates.DTYPES[DTYPE], "cpu")
     merge = candidates.merge(candidates.methods()[method], inputs)
-    plain = _seconds(merge)
+    plain = _seconds(candidates.merge_with("0", merge))
+    with_packages = candidates.merge_with("1", merge)
     first = time.perf_counter()
-    candidates.compiled_merge(merge)()
+    with_packages()
     first = time.perf_counter() - first
-    if None in compiled._COMPILED.values():
+    if None in compiled._LOADED.values():
         raise RuntimeError("there is no compiled code here")
-    with_compiled = _seconds(candidates.compiled_merge(merge))
+    with_compiled = _seconds(with_packages)
     scale = 1 / (ELEMENTS * models)
     figures = {"plain": plain * scale, "compiled": with_compiled * scale}
     return figures | {"seconds": first - with_compiled}

@@ -18,13 +18,15 @@ from tests.running import SCRIPTS, run_command
 pytestmark = pytest.mark.slow
 
 
-def test_all_is_well() -> None:
+def test_all_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEKIT_DARE_CACHE", str(tmp_path))
     path = f"{SCRIPTS}:/usr/bin:/bin"
     result = run_command("mergekit-dare", "doctor", PATH=path)
     lines = result.stdout.splitlines()
     assert all(line.startswith("ok ") for line in lines)
-    assert lines[-2] == "ok  this interpreter: dare_linear and dare_ties: ours"
-    assert lines[-1].endswith("mergekit-yaml): dare_linear and dare_ties: ours")
+    assert lines[-3] == "ok  this interpreter: dare_linear and dare_ties: ours"
+    assert lines[-2].endswith("mergekit-yaml): dare_linear and dare_ties: ours")
+    assert lines[-1].startswith("ok  compiled code: none ")
     report = json.loads(run_command("mergekit-dare", "doctor", "--json", PATH=path).stdout)
     assert [line["remedy"] for line in report] == [None] * len(report)
 

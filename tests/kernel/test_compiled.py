@@ -1,28 +1,43 @@
-"""Compiled code: the bytes that come out without it, and what happens where there is none."""
+"""Compiled code: the bytes that come out without it, its cache, and what happens without one."""
 
 from __future__ import annotations
 
-import logging
+import os
+import re
 import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config
+import yaml
+from click.testing import CliRunner
+from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_dare.kernel import compiled, gradients, merging
+from mergekit_dare import cli
+from mergekit_dare.diagnostics import compile_command, doctor
+from mergekit_dare.kernel import (
+    buffers,
+    building,
+    compiled,
+    gradients,
+    merging,
+    native,
+    packages,
+    threads,
+)
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.packages import Case, NoPackageError
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
+from tests import zoo
 from tests.kernel.test_merging import (
-    ALL_DTYPES,
-    BOTH,
-    DTYPES,
     assert_same_bits,
     bits,
     family,
@@ -30,29 +45,89 @@ from tests.kernel.test_merging import (
     peak_beside_output,
     recipe,
 )
-from tests.running import dare, merge_yaml, run_command
+from tests.running import Config, dare, merge_yaml, run_command, write
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(compiled.is_torch_too_old(), reason="torch is too old for compiled code"),
+    pytest.mark.skipif(compiled.why_not_here() != "", reason="not for this torch or system"),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
-CHUNK = 1 << 12
+CHUNK = buffers.CPU_CHUNK
+LINEAR, TIES = Combine.LINEAR, Combine.TIES
+NORMALIZED: dict[str, Any] = {"normalize": True, "lambda_": -0.7}
+DRAWN: dict[str, Any] = {"sampling": Sampling.MAGNITUDE, "rounding": Rounding.STOCHASTIC}
+# Of theta_0, of each theta_k, and what is done: what has packages in these tests.
+CASES: dict[str, tuple[torch.dtype, list[torch.dtype], Recipe]] = {
+    "linear": (torch.bfloat16, [torch.bfloat16] * 4, recipe(LINEAR)),
+    "ties": (torch.bfloat16, [torch.bfloat16] * 2, recipe(TIES)),
+    "normalized": (torch.bfloat16, [torch.bfloat16] * 4, recipe(TIES, **NORMALIZED)),
+    "float16": (torch.float16, [torch.float16] * 4, recipe(LINEAR, **DRAWN)),
+    "float32": (torch.float32, [torch.float32] * 4, recipe(TIES)),
+    "float64": (torch.float64, [torch.float64] * 4, recipe(TIES, **NORMALIZED)),
+    "mixed": (torch.float16, [torch.bfloat16, torch.float32], recipe(TIES)),
+    "drawn": (
+        torch.bfloat16,
+        [torch.bfloat16] * 3,
+        recipe(TIES, **DRAWN, normalize=True, rescale=False),
+    ),
+}
+
+
+def entries_of(name: str, elements: int) -> tuple[Tensor, list[FineTuned], Recipe]:
+    """Tensors with zeros of both signs, subnormals, equal weights, all and nothing dropped."""
+    dtype, dtypes, settings = CASES[name]
+    base, tuned = family(len(dtypes), elements, dtype=dtype)
+    base[::97] = -0.0
+    base[1::97] = 0.0
+    tiny = torch.finfo(dtype).smallest_normal
+    base[2:2000:7] = torch.linspace(-tiny, tiny, len(base[2:2000:7]), dtype=dtype)
+    tuned[1][2:2000:7] = base[2:2000:7].flip(0)
+    tuned[1][3::5] = (2 * base.double() - tuned[0].double()).to(dtype)[3::5]  # election ties
+    tuned = [theta.to(own) for theta, own in zip(tuned, dtypes, strict=True)]
+    count = len(tuned)
+    weights, densities = [0.5, 0.5, 0.3, -0.4][:count], [0.5, 0.5, 1.0, 1e-9][:count]
+    return base, models(tuned, weights, densities), settings
+
+
+def case_of(name: str) -> Case:
+    base, entries, settings = entries_of(name, 4000)
+    job = merging.plan(base, entries, settings)
+    return Case.of(job.vectors, job.steps)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache with all of CASES, which all processes of this test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "dare-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(packages.FOLDER, str(folder))
+        building.build([case_of(name) for name in CASES])
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compiled, "CHUNK", CHUNK)
-    monkeypatch.setattr(compiled, "_COMPILED", {})
-    monkeypatch.setattr(compiled, "_CHECKED", set())
-    yield
-    torch._dynamo.reset()
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A process that has loaded nothing yet, and an empty cache."""
+    monkeypatch.setenv(packages.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    monkeypatch.setattr(compiled, "_LOADED", {})
+    compiled._WARNED.clear()
+    yield tmp_path / "cache"
+    compiled._WARNED.clear()
 
 
 @pytest.fixture
-def merged_elements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Switch compiled code on, and say how many elements of each tensor it merged."""
+def cache(made: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that cache."""
+    shutil.copytree(made, empty)
+    return empty
+
+
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many chunks compiled code merged, of each tensor."""
     merged: list[int] = []
     merge_function = compiled.merge_function
 
@@ -64,13 +139,12 @@ def merged_elements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         def merge_and_count(*chunk: Any) -> Tensor | None:
             norm = function(*chunk)
-            merged[-1] += 0 if norm is None else CHUNK
+            merged[-1] += norm is not None
             return norm
 
         return merge_and_count
 
     monkeypatch.setattr(compiled, "merge_function", count)
-    monkeypatch.setenv("MERGEKIT_DARE_COMPILE", "1")
     return merged
 
 
@@ -78,301 +152,550 @@ def merge_both_ways(
     base: Tensor, entries: list[FineTuned], settings: Recipe
 ) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MERGEKIT_DARE_COMPILE", raising=False)
+        patch.setenv(compiled.SWITCH, "0")
         plain = merging.merge(base, entries, settings)
     return plain, merging.merge(base, entries, settings)
 
 
 @needs_compiler
-@BOTH
-@ALL_DTYPES
-@pytest.mark.parametrize("normalize", [False, True], ids=["sum", "normalize"])
-def test_the_same_bits(
-    combine: Combine, dtype: torch.dtype, normalize: bool, merged_elements: list[int]
-) -> None:
-    """With zeros of both signs, subnormals, equal weights, all dropped and nothing dropped."""
-    base, tuned = family(4, 3 * CHUNK + 1027, dtype=dtype)
-    base[::97] = -0.0
-    base[1::97] = 0.0
-    tiny = torch.finfo(dtype).smallest_normal
-    base[2:2000:7] = torch.linspace(-tiny, tiny, len(base[2:2000:7]), dtype=dtype)
-    tuned[1][2:2000:7] = base[2:2000:7].flip(0)
-    tuned[2][3::5] = (2 * base.double() - tuned[0].double()).to(dtype)[3::5]  # ties in the election
-    entries = models(tuned, [0.5, 0.3, 0.5, -0.4], [0.5, 1.0, 0.5, 1e-9])
-    lambda_ = -0.7 if normalize else 1.0
-    settings = recipe(combine, normalize=normalize, lambda_=lambda_)
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits(name: str, cache: Path, chunks: list[int]) -> None:
+    """Unasked, and by the C interface, which needs none of the compiler."""
+    base, entries, settings = entries_of(name, 3 * CHUNK + 1027)
     plain, with_compiled = merge_both_ways(base, entries, settings)
     assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, 3 * CHUNK]
+    assert chunks == [0, 3]
     assert not torch.equal(bits(plain), bits(base))
 
 
 @needs_compiler
-@BOTH
-@pytest.mark.parametrize("width", [1, 128, 256])
-def test_other_vectors(combine: Combine, width: int, merged_elements: list[int]) -> None:
-    """As on processors without AVX-512, or without any vector instructions."""
-    base, tuned = family(2, 3 * CHUNK, dtype=torch.float32)
-    base[::97] = -0.0
-    with torch._inductor.config.patch({"cpp.simdlen": width}):
-        for density in (0.3, 0.9):
-            entries = models(tuned, [0.5, 0.3], density)
-            plain, with_compiled = merge_both_ways(base, entries, recipe(combine))
-            assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, 3 * CHUNK] * 2
+def test_no_compiler_is_imported(cache: Path) -> None:
+    program = """
+import sys, torch
+from mergekit_dare.kernel import compiled
+from tests.kernel.test_compiled import CHUNK, entries_of, merging
+base, entries, settings = entries_of('linear', CHUNK)
+merging.merge(base, entries, settings)
+used = [code is not None for code in compiled._LOADED.values()]
+print(used, 'torch._inductor.codecache' in sys.modules)
+"""
+    assert run_command(sys.executable, "-c", program).stdout == "[True] False\n"
 
 
 @needs_compiler
-@BOTH
-def test_other_numbers_need_no_other_code(combine: Combine, merged_elements: list[int]) -> None:
-    base, tuned = family(2, 2 * CHUNK, dtype=torch.bfloat16)
-    graphs = set()
+def test_other_numbers_need_no_other_code(cache: Path, chunks: list[int]) -> None:
     for seed, weight, density in ((1, 0.5, 0.3), (2, -1.5, 0.01), (3, 3.0, 1.0)):
-        entries = models(tuned, [weight, 0.1], [density, 0.9])
-        settings = recipe(combine, seed=seed, lambda_=1 + seed)
+        for combine, count in ((LINEAR, 4), (TIES, 2)):
+            base, tuned = family(count, 2 * CHUNK, dtype=torch.bfloat16)
+            entries = models(tuned, [weight] + [0.1] * (count - 1), [density] + [0.9] * (count - 1))
+            plain, with_compiled = merge_both_ways(base, entries, recipe(combine, seed=seed))
+            assert_same_bits(with_compiled, plain)
+    assert chunks == [0, 2] * 6
+    assert len(compiled._LOADED) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads(count: int, cache: Path, chunks: list[int]) -> None:
+    base, entries, settings = entries_of("normalized", 7 * CHUNK)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(with_compiled, plain)
+    assert chunks == [0, 7]
+
+
+@needs_compiler
+def test_strides_and_another_default_device(cache: Path, chunks: list[int]) -> None:
+    base, entries, settings = entries_of("ties", CHUNK)
+    square = [
+        FineTuned(model.name, model.tensor.view(512, -1).t().contiguous().t(), 0.4, 0.3)
+        for model in entries
+    ]
+    with torch.device("meta"):
+        plain, with_compiled = merge_both_ways(base.view(512, -1), square, settings)
+    assert_same_bits(with_compiled, plain)
+    assert chunks == [0, 1]
+
+
+@needs_compiler
+def test_errors_and_equal_infinities(cache: Path, chunks: list[int]) -> None:
+    """Also in the first chunk, of which nothing can be told then."""
+    base, entries, settings = entries_of("float32", 2 * CHUNK)
+    plain, with_compiled = merge_both_ways(base, entries, settings)
+    for element in (7, CHUNK + 7):
+        base[element] = -torch.inf
+        for model in entries:
+            model.tensor[element] = -torch.inf
         plain, with_compiled = merge_both_ways(base, entries, settings)
         assert_same_bits(with_compiled, plain)
-        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert merged_elements == [0, 2 * CHUNK] * 3
-    assert len(graphs) == 1
-
-
-@needs_compiler
-def test_more_cases_than_torch_compiles_of_one_code(merged_elements: list[int]) -> None:
-    steps = [recipe(Combine.LINEAR), recipe(Combine.TIES)]
-    steps.append(recipe(Combine.TIES, normalize=True, lambda_=-0.7))
-    for dtype in DTYPES:
-        base, tuned = family(4, CHUNK, dtype=dtype)
-        for settings in steps:
-            merging.merge(base, models(tuned, 0.1, 0.5), settings)
-    assert merged_elements == [CHUNK] * 12
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("combine", "dtype"), [(Combine.TIES, torch.bfloat16), (Combine.LINEAR, torch.float16)]
-)
-def test_sampling_and_rounding(
-    combine: Combine, dtype: torch.dtype, merged_elements: list[int]
-) -> None:
-    base, tuned = family(3, 2 * CHUNK + 37, dtype=dtype)
-    entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
-    settings = recipe(
-        combine, normalize=True, sampling=Sampling.MAGNITUDE, rounding=Rounding.STOCHASTIC
+    entries[1].tensor[CHUNK + 5] = torch.nan
+    with pytest.raises(ValueError, match=r"model model-1 gives 1 of \d+ deltas that are NaN"):
+        merging.merge(base, entries, settings)
+    assert max(chunks) == 2
+    compiled._LOADED.clear()
+    merging.merge(
+        base[: CHUNK + 5],
+        [FineTuned(m.name, m.tensor[: CHUNK + 5], m.weight, m.density) for m in entries],
+        settings,
     )
+    assert not compiled._LOADED
+
+
+@needs_compiler
+def test_gradients(cache: Path, chunks: list[int]) -> None:
+    base, entries, settings = entries_of("float32", CHUNK)
+    tuned = entries[0].tensor.requires_grad_()
+    merged = gradients.merge(base, entries, settings)
+    (gradient,) = torch.autograd.grad(merged.sum(), tuned)
+    assert gradient.count_nonzero() > CHUNK // 4
+    assert chunks == [1]
+
+
+@needs_compiler
+def test_memory(cache: Path, chunks: list[int]) -> None:
+    """The masks of a chunk in each thread, and what is there without compiled code."""
+    base, entries, settings = entries_of("linear", 8 * CHUNK)
+    merging.merge(base, entries, settings)
+    most = threads.MOST * 4 * CHUNK * 2 + (2 << 20)
+    assert peak_beside_output(base, entries, settings) < most
+    assert chunks == [8, 8]
+
+
+@needs_compiler
+def test_mergekit_yaml(
+    cache: Path, chunks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dare_of_large_tensors(tmp_path, seed=1)
+    with_compiled = merge_yaml(config, tmp_path / "compiled")
+    assert sum(chunks) > 1
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    plain = merge_yaml(config, tmp_path / "plain")
+    zoo.assert_same_tensors(with_compiled, plain)
+
+
+def dare_of_large_tensors(folder: Path, **parameters: Any) -> Config:
+    """The config of two Llamas, of which five tensors have a chunk or more."""
+    maker = zoo.llama_of(hidden_size=2048, intermediate_size=128, num_hidden_layers=1)
+    zoo.make_family(maker, folder, names="ab")
+    return dare(folder, **parameters)
+
+
+@needs_compiler
+def test_the_command_makes_what_a_merge_needs(
+    cache: Path, chunks: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a config, whatever its parameters; a merge then takes all of it from there."""
+    folder = tmp_path / "models"
+    config = write(dare_of_large_tensors(folder), tmp_path / "dare.yml")
+    result = CliRunner().invoke(cli.main, ["compile", config, "--lazy-unpickle"])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert "dare_ties, 2 models, bfloat16" in result.output
+
+    parameters = {"normalize": True, "lambda": 0.5, "sampling": "magnitude"}
+    for method, given in (("dare_ties", parameters), ("dare_linear", {"rounding": "stochastic"})):
+        config = write(
+            dare(folder, method, weight=1e-30, **given) | {"dtype": "float32"}, tmp_path / "o.yml"
+        )
+        found = set(compile_command.cases_of(config, MergeOptions()))
+        compiled._LOADED.clear()
+        merge_yaml(yaml.safe_load(Path(config).read_text()), tmp_path / method)
+        assert found == set(compiled._LOADED)
+        wide = method == "dare_linear"  # for such a weight, which the other one normalizes
+        assert [case.steps.dtype == torch.float64 for case in found] == [wide]
+
+
+@needs_compiler
+def test_the_command_makes_the_usual_cases(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[Case] = []
+    monkeypatch.setattr(building, "build", lambda cases, done: wanted.extend(cases))
+    assert CliRunner().invoke(cli.main, ["compile"]).exit_code == 0
+    assert len(set(wanted)) == 6
+    assert case_of("ties") in wanted
+
+
+def test_what_the_command_cannot_do(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invoke(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli.main, ["compile", *arguments])
+        return result.exit_code, " ".join(result.output.split())
+
+    missing = str(tmp_path / "missing.yml")
+    code, said = invoke(missing)
+    assert code == 2
+    assert missing in said
+    small = write(dare(llamas), tmp_path / "small.yml")
+    assert invoke(small) == (
+        0,
+        "Nothing to compile: no tensor is large enough, or is merged by our methods.",
+    )
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, said = invoke()
+    assert code == 2
+    assert "This cannot be compiled: " in said
+    monkeypatch.setattr(compiled, "OLDEST_TORCH", (99, 1))
+    assert invoke()[0] == 2
+
+
+@needs_compiler
+def test_the_doctor_tells_of_it_and_clears_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(rf"8 packages, 1\d\.\d MB, in {cache}/compiled", doctor._compiled().found)
+    spoil(packages.path(case_of("ties")), "of another torch")
+    spoil(packages.path(case_of("linear")), "cut off")
+    assert "; 2 for another torch, processor or version: doctor" in doctor._compiled().found
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert doctor._compiled().found.endswith("MERGEKIT_DARE_COMPILE says to use none")
+    monkeypatch.delenv(compiled.SWITCH)
+    packages.path(case_of("linear")).chmod(0o666)
+    assert "None is used that is not yours alone: others may" in str(doctor._compiled().remedy)
+    (cache / "compiled" / "building-left").mkdir()
+    (cache / "compiled" / "not ours").touch()
+    CliRunner().invoke(cli.main, ["doctor", "--clear-cache"])
+    assert [file.name for file in packages.folder().iterdir()] == ["not ours"]
+    assert doctor._compiled().found == f"none in {cache}/compiled"
+
+
+@needs_compiler
+def test_by_torchs_own_loader(
+    cache: Path, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a later torch has no such C interface."""
+
+    def not_there(*arguments: Any) -> native.Code:
+        raise AttributeError("undefined symbol: aoti_torch_create_tensor_from_blob")
+
+    monkeypatch.setattr(native, "_by_c_interface", not_there)
+    base, entries, settings = entries_of("ties", 3 * CHUNK)
     plain, with_compiled = merge_both_ways(base, entries, settings)
     assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, 2 * CHUNK]
+    assert chunks == [0, 3]
 
 
 @needs_compiler
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
-def test_mixed_dtypes_and_strides(wide: torch.dtype, merged_elements: list[int]) -> None:
-    base, tuned = family(2, 64, CHUNK // 64 + 1, dtype=wide)
-    mixed = [tuned[0].bfloat16().t().contiguous().t(), tuned[1]]
-    plain, with_compiled = merge_both_ways(
-        base.half(), models(mixed, 0.5, 0.5), recipe(Combine.TIES)
-    )
-    assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, CHUNK]
-
-
-@needs_compiler
-@BOTH
-def test_threads(combine: Combine, merged_elements: list[int]) -> None:
-    base, tuned = family(3, 5 * CHUNK, dtype=torch.float32)
-    entries = models(tuned, [0.5, 0.3, -0.4], [0.5, 0.1, 1.0])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            plain, with_compiled = merge_both_ways(base, entries, recipe(combine))
-            assert_same_bits(with_compiled, plain)
-    finally:
-        torch.set_num_threads(threads)
-    assert merged_elements == [0, 5 * CHUNK] * 3
-
-
-@needs_compiler
-def test_errors_and_equal_infinities(merged_elements: list[int]) -> None:
-    base, tuned = family(2, 2 * CHUNK, dtype=torch.float32)
-    base[7] = tuned[0][7] = tuned[1][7] = -torch.inf
-    plain, with_compiled = merge_both_ways(base, models(tuned, 0.5, 0.5), recipe(Combine.TIES))
-    assert_same_bits(with_compiled, plain)
-    with pytest.raises(ValueError, match="merged tensor w overflows float32"):
-        merging.merge(base, models([base + 1e38], 9.0), recipe(Combine.TIES))
-    tuned[1][CHUNK + 5] = torch.nan
-    with pytest.raises(ValueError, match="model model-1 gives 1 of 8192 deltas that are NaN"):
-        merging.merge(base, models(tuned, 0.5, 0.01), recipe(Combine.TIES))
-    assert max(merged_elements) == 2 * CHUNK
-
-
-@needs_compiler
-def test_gradients(merged_elements: list[int]) -> None:
-    base, (tuned,) = family(1, CHUNK)
-    entries = models([tuned.requires_grad_()], 0.5, 0.5)
-    merged = gradients.merge(base, entries, recipe(Combine.LINEAR))
-    (gradient,) = torch.autograd.grad(merged.sum(), tuned)
-    assert torch.equal((gradient != 0) & (tuned != base), merged != base)
-    assert merged_elements == [CHUNK]
-
-
-@needs_compiler
-def test_memory(merged_elements: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many models and elements in a chunk as there may be."""
-    monkeypatch.undo()
-    monkeypatch.setenv("MERGEKIT_DARE_COMPILE", "1")
-    base = torch.zeros(2 * compiled.CHUNK, dtype=torch.bfloat16)
-    tuned = [torch.full_like(base, 0.01 * k) for k in range(compiled.MOST_MODELS + 1)]
-    entries = models(tuned[1:], 0.1, 0.5)
-    merging.merge(base, entries, recipe(Combine.TIES))
-    assert compiled._COMPILED
-    assert None not in compiled._COMPILED.values()
-    assert peak_beside_output(base, entries, recipe(Combine.TIES)) < 24 << 20
-
-
-@needs_compiler
-def test_mergekit_yaml(llamas: Path, tmp_path: Path, merged_elements: list[int]) -> None:
-    config = dare(llamas, seed=1)
-    with_compiled = merge_yaml(config, tmp_path / "compiled")
-    assert max(merged_elements) > 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MERGEKIT_DARE_COMPILE")
-        plain = merge_yaml(config, tmp_path / "plain")
-    assert with_compiled.keys() == plain.keys()
-    for name, tensor in plain.items():
-        assert_same_bits(with_compiled[name], tensor)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_after_a_fork(cache: Path, chunks: list[int]) -> None:
+    base, entries, settings = entries_of("ties", 3 * CHUNK)
+    plain, _ = merge_both_ways(base, entries, settings)
+    child = os.fork()
+    if child == 0:
+        try:
+            same = torch.equal(bits(merging.merge(base, entries, settings)), bits(plain))
+            os._exit(0 if same and chunks[-1] == 3 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("value", [None, "", "0", "off"])
-def test_only_for_those_who_ask(
-    value: str | None, merged_elements: list[int], monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_compiled_unasked(
+    value: str | None,
+    empty: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if value is None:
-        monkeypatch.delenv("MERGEKIT_DARE_COMPILE")
-    else:
-        monkeypatch.setenv("MERGEKIT_DARE_COMPILE", value)
-    base, tuned = family(1, CHUNK)
-    merging.merge(base, models(tuned, 0.5, 0.5), recipe(Combine.LINEAR))
-    assert merged_elements == [0]
+    if value is not None:
+        monkeypatch.setenv(compiled.SWITCH, value)
+    base, entries, settings = entries_of("ties", CHUNK)
+    merging.merge(base, entries, settings)
+    assert chunks == [0]
+    assert not empty.exists()
+    assert not caplog.messages
 
 
-def test_not_for_very_many_models(merged_elements: list[int]) -> None:
+def test_not_for_very_many_models_or_none(
+    empty: Path, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compiled.SWITCH, "1")
     base, tuned = family(compiled.MOST_MODELS + 1, CHUNK)
-    merging.merge(base, models(tuned, 0.1, 0.5), recipe(Combine.LINEAR))
-    assert merged_elements == [0]
+    merging.merge(base, models(tuned, 0.1, 0.5), recipe(LINEAR))
+    merging.merge(base, models(tuned, 0.0, 0.5), recipe(LINEAR))
+    assert sum(chunks) == 0
+    assert not empty.exists()
 
 
-def test_one_line_where_torch_is_too_old(
-    merged_elements: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@needs_compiler
+def test_what_is_missing_is_made_when_asked_for(
+    empty: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(compiled, "OLDEST_TORCH", (99, 1))
-    base, tuned = family(2, CHUNK)
-    for combine in Combine:
-        plain, with_compiled = merge_both_ways(base, models(tuned, 0.5, 0.5), recipe(combine))
-        assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0] * 4
+    """In a folder with a space and a quote, which is this user's alone."""
+    folder = empty / "a b'c"
+    monkeypatch.setenv(packages.FOLDER, str(folder))
+    monkeypatch.setenv(compiled.SWITCH, "1")
+    base, entries, settings = entries_of("ties", CHUNK)
+    plain, with_compiled = merge_both_ways(base, entries, settings)
+    assert_same_bits(with_compiled, plain)
+    assert chunks == [0, 1]
     (message,) = caplog.messages
-    assert message.endswith("merging without compiled code: it needs torch 99.1 or later")
+    assert message.startswith("compiling dare_ties, 2 models, bfloat16 for this machine: once")
+    (package,) = packages.all_files()
+    assert package.stat().st_mode & 0o777 == 0o600
+    assert package.parent.stat().st_mode & 0o777 == 0o700
+    assert sorted(file.name for file in package.parent.iterdir()) == ["lock", package.name]
 
 
-def test_one_line_where_compiled_code_fails(
-    merged_elements: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def spoil(file: Path, how: str) -> str:
+    """Make a package unusable; return what is said of it."""
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+        return ""
+    if how == "cut off":
+        file.write_bytes(content[: len(content) // 2])
+        return "is damaged"
+    if how == "a flipped bit":  # in the library
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return "damaged"
+    if how == "empty":
+        file.write_bytes(b"")
+        return "is damaged"
+    if how == "of another torch":
+        other = zipfile.ZipFile(file)
+        members = {name: other.read(name) for name in other.namelist()}
+        with zipfile.ZipFile(file, "w") as made:
+            for name, member in members.items():
+                made.writestr(name, member.replace(torch.__version__.encode(), b"2.0.0"))
+        return "was made for something else"
+    if how == "a link":
+        file.rename(file.with_suffix(".moved"))
+        file.symlink_to(file.with_suffix(".moved"))
+        return "cannot be read"
+    if how == "writable by others":
+        file.chmod(0o622)
+        return "others may write to"
+    if how == "in a folder that others may write to":
+        file.parent.chmod(0o777)
+        return "others may write to"
+    assert how == "of another user"
+    return "belongs to another user"
+
+
+UNUSABLE = [
+    "missing",
+    "cut off",
+    "a flipped bit",
+    "empty",
+    "of another torch",
+    "a link",
+    "writable by others",
+    "in a folder that others may write to",
+    "of another user",
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_a_package_that_cannot_be_used(
+    how: str,
+    cache: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In the middle of a tensor, after it has written half a chunk."""
-    calls = 0
-
-    def fails_at_the_second_chunk(out: Tensor, *arguments: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            out[: CHUNK // 2] = 7
-            raise RuntimeError("no space left\nand a traceback")
-        return compiled._merge_chunk(out, *arguments)
-
-    monkeypatch.setattr(compiled, "_compile", lambda: fails_at_the_second_chunk)
-    base, tuned = family(2, 3 * CHUNK)
-    for combine in Combine:
-        with caplog.at_level(logging.WARNING):
-            plain, with_compiled = merge_both_ways(base, models(tuned, 0.5, 0.5), recipe(combine))
+    said = spoil(packages.path(case_of("ties")), how)
+    if how == "of another user":
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    for _ in range(2):
+        base, entries, settings = entries_of("ties", 2 * CHUNK)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
         assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, CHUNK, 0, 3 * CHUNK]
-    assert caplog.messages == [
-        "MERGEKIT_DARE_COMPILE: merging without compiled code: RuntimeError: no space left"
+    assert chunks == [0] * 4
+    assert [said in message for message in caplog.messages] == ([True] if said else [])
+    assert all(m.startswith("merging without compiled code: ") for m in caplog.messages)
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["cut off", "of another torch", "writable by others"])
+def test_such_a_package_is_made_anew(
+    how: str, cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler is another test's matter."""
+    case = case_of("ties")
+    spoil(packages.path(case), how)
+
+    def copy(cases: list[Case], temporary: Path, done: Any) -> None:
+        assert cases == [case]
+        packages.write(case, (made / "compiled" / packages.path(case).name).read_bytes())
+
+    monkeypatch.setattr(building, "_build_in_child", copy)
+    with pytest.raises(NoPackageError):
+        packages.library(packages.read(case))
+    building.build([case])
+    assert packages.library(packages.read(case))
+    assert list(packages.folder().glob("building-*")) == []
+
+
+def test_one_line_where_the_cache_is_unusable(
+    empty: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    empty.touch()
+    monkeypatch.setenv(compiled.SWITCH, "1")
+    for name in ("ties", "linear"):
+        base, entries, settings = entries_of(name, CHUNK)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
+        assert_same_bits(with_compiled, plain)
+    assert chunks == [0] * 4
+    lines = [line for line in caplog.messages if line.startswith("merging without")]
+    assert lines == [
+        f"merging without compiled code: {empty}/compiled cannot be made: Not a directory"
     ]
 
 
-def test_one_line_where_compiled_code_is_wrong(
-    merged_elements: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_one_line_where_there_is_no_compiler(
+    empty: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def one_bit_off(out: Tensor, *arguments: Any) -> Tensor:
-        norm = compiled._merge_chunk(out, *arguments)
-        out.view(torch.int16)[CHUNK - 1] += 1
-        return norm
+    """Nothing is left over of what was begun."""
+    monkeypatch.setenv(compiled.SWITCH, "1")
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("PATH", "/nowhere")
+    base, entries, settings = entries_of("ties", CHUNK)
+    plain, with_compiled = merge_both_ways(base, entries, settings)
+    assert_same_bits(with_compiled, plain)
+    assert chunks == [0, 0]
+    (line,) = (line for line in caplog.messages if line.startswith("merging without"))
+    assert "InvalidCxxCompiler" in line or "compiler" in line.lower()
+    assert [file.name for file in packages.folder().iterdir()] == ["lock"]
 
-    monkeypatch.setattr(compiled, "_compile", lambda: one_bit_off)
-    base, tuned = family(2, 3 * CHUNK, dtype=torch.bfloat16)
+
+def test_one_line_where_torch_is_too_old(
+    chunks: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "OLDEST_TORCH", (99, 1))
+    base, entries, settings = entries_of("ties", CHUNK)
+    merging.merge(base, entries, settings)
+    assert not caplog.messages  # nobody has asked
+    compiled._LOADED.clear()
+    monkeypatch.setenv(compiled.SWITCH, "1")
     for _ in range(2):
-        plain, with_compiled = merge_both_ways(base, models(tuned, 0.5, 0.5), recipe(Combine.TIES))
+        merging.merge(base, entries, settings)
+    assert chunks == [0] * 3
+    (message,) = caplog.messages
+    assert message == "merging without compiled code: it needs torch 99.1 or later"
+
+
+@needs_compiler
+def test_one_line_where_compiled_code_fails(
+    cache: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the middle of a tensor, after it has written half a chunk."""
+    load, calls = native.load, 0
+
+    def load_what_fails(*arguments: Any) -> native.Code:
+        run = load(*arguments)
+
+        def fails_at_the_third_call(inputs: Any) -> float:
+            nonlocal calls
+            calls += 1
+            if calls >= 3:
+                inputs[0][: CHUNK // 2] = 7
+                raise RuntimeError("no space left\nand a traceback")
+            return run(inputs)
+
+        return fails_at_the_third_call
+
+    monkeypatch.setattr(native, "load", load_what_fails)
+    for _ in range(2):
+        base, entries, settings = entries_of("linear", 5 * CHUNK)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
         assert_same_bits(with_compiled, plain)
-    assert merged_elements == [0, 0, 0, 0]
+    assert chunks == [0, 1, 0, 0]  # the first call was the comparison
+    assert caplog.messages == ["merging without compiled code: RuntimeError: no space left"]
+
+
+@needs_compiler
+def test_one_line_where_compiled_code_is_wrong(
+    cache: Path,
+    chunks: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    load = native.load
+
+    def load_what_errs(*arguments: Any) -> native.Code:
+        run = load(*arguments)
+
+        def one_bit_off(inputs: Any) -> float:
+            norm = run(inputs)
+            inputs[0].view(torch.int16)[CHUNK - 1] += 1
+            return norm
+
+        return one_bit_off
+
+    monkeypatch.setattr(native, "load", load_what_errs)
+    base, entries, settings = entries_of("linear", 3 * CHUNK)
+    for _ in range(2):
+        plain, with_compiled = merge_both_ways(base, entries, settings)
+        assert_same_bits(with_compiled, plain)
+    assert chunks == [0] * 4
     (message,) = caplog.messages
     assert message.endswith("it gives other results here, which is an error of the compiler")
 
 
-def test_one_line_where_the_cache_is_unusable(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    program = """
-import torch
-from mergekit_dare.kernel.formula import Combine
-from mergekit_dare.kernel.merging import FineTuned, Recipe, merge
-base = torch.arange(1 << 20).float()
-merged = merge(base, [FineTuned('a', base + 1, 1.0)], Recipe(Combine.LINEAR, 'w', 1))
-print(torch.equal(merged, base + 1))
-"""
-    result = run_command(
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        program,
-        MERGEKIT_DARE_COMPILE="1",
-        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"),
-    )
-    assert result.stdout == "True\n"
-    lines = [line for line in result.stderr.splitlines() if "MERGEKIT_DARE_COMPILE" in line]
-    assert len(lines) == 1
-
-
 @needs_compiler
-def test_another_default_device(merged_elements: list[int]) -> None:
-    base, tuned = family(2, CHUNK)
-    with torch.device("meta"):
-        plain, with_compiled = merge_both_ways(
-            base, models(tuned, 0.5, 0.5), recipe(Combine.LINEAR, sampling=Sampling.MAGNITUDE)
-        )
-    assert_same_bits(with_compiled, plain)
-
-
-def test_one_line_where_there_is_no_compiler(tmp_path: Path) -> None:
+def test_an_interrupted_build_leaves_nothing(empty: Path) -> None:
+    """Neither files nor processes."""
     program = """
-import torch
-from mergekit_dare.kernel.formula import Combine
-from mergekit_dare.kernel.merging import SUPPORTED_DTYPES, FineTuned, Recipe, merge
-base = torch.zeros(1 << 20)
-for combine in Combine:
-    tuned = [FineTuned("a", torch.ones(1 << 20), 0.4, 0.3)]
-    print(float(merge(base, tuned, Recipe(combine, "w", 1)).double().sum()))
+from mergekit_dare.kernel import building
+from tests.kernel.test_compiled import case_of
+print('begins', flush=True)
+building.build([case_of('ties')])
 """
-    result = run_command(
-        sys.executable,
-        *("-c", program),
-        CXX="/nonexistent/g++",
-        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
-        MERGEKIT_DARE_COMPILE="1",
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
-    linear, ties = map(float, result.stdout.split())
-    assert linear == ties != 0
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("MERGEKIT_DARE_COMPILE: merging without compiled code: ")
-    assert "compiler" in line
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not list(packages.folder().glob("building-*/inductor/*")):
+        assert process.poll() is None
+    process.send_signal(2)
+    process.wait(timeout=60)
+    assert [file.name for file in packages.folder().iterdir()] == ["lock"]
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert str(empty) not in running.stdout
+
+
+def test_cases_as_text() -> None:
+    for name in CASES:
+        case = case_of(name)
+        assert Case.from_json(case.as_json()) == case
+    assert len({packages.path(case_of(name)) for name in CASES}) == len(CASES)
+    assert str(case_of("drawn")) == (
+        "dare_ties, 3 models, bfloat16, normalize, by magnitude, stochastic, no rescale"
+    )
+    # Where it is in the factors, it is no case of its own.
+    base, entries, settings = entries_of("linear", 4000)
+    job = merging.plan(base, entries, Recipe(**{**vars(settings), "rescale": False}))
+    assert Case.of(job.vectors, job.steps) == case_of("linear")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(packages.FOLDER, "~/own")
+    assert packages.folder() == Path.home() / "own" / "compiled"
+    monkeypatch.delenv(packages.FOLDER)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert packages.folder() == Path("/somewhere/mergekit-dare/compiled")
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert packages.folder() == Path.home() / ".cache/mergekit-dare/compiled"

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from torch import Tensor
 from tqdm import tqdm
 
+import mergekit_dare
 from mergekit_dare.diagnostics import planning
 from mergekit_dare.diagnostics.document import choose
 from mergekit_dare.diagnostics.findings import cut
@@ -79,23 +80,27 @@ def cases_of(config: str, options: MergeOptions, *, name: str | None = None) -> 
         Exception: whatever mergekit raises, or why the file cannot be used.
 
     """
-    _, saves = planning.plan_document(choose(config, name), options)
-    kept: dict[Any, Any] = {}
-    for save in saves:
-        task = save.tensor_task
-        if not isinstance(task, ExecuteMergeMethodTask):
-            continue
-        recipe = planning.recipe_of(task)
-        tensors = planning.loaded(task, kept) if recipe is not None else {}
-        base = tensors.pop(task.base_model, None)
-        if recipe is None or base is None or base.numel() < CPU_CHUNK:
-            continue
-        dtype = dtype_from_name(task.dtype)
-        firsts = {m: _first(t, dtype) for m, t in tensors.items() if t is not None}
-        job = merging.plan(_first(base, dtype), planning.fine_tuned(task, firsts), recipe)
-        case = Case.of(job.vectors, job.steps)
-        if 1 <= len(case.models) <= compiled.MOST_MODELS:
-            yield case
+    mergekit_dare.register()
+    with planning.cached_adapters(options) as options:
+        _, saves = planning.plan_document(choose(config, name), options)
+        kept: dict[Any, Any] = {}
+        for save in saves:
+            task = save.tensor_task
+            if not isinstance(task, ExecuteMergeMethodTask):
+                continue
+            recipe = planning.recipe_of(task)
+            if recipe is None:
+                continue
+            tensors = {m: t for m, t in planning.loaded(task, kept).items() if t is not None}
+            base = tensors.pop(task.base_model, None)
+            if base is None or base.numel() < CPU_CHUNK:
+                continue
+            dtype = dtype_from_name(task.dtype)
+            firsts = {model: _first(tensor, dtype) for model, tensor in tensors.items()}
+            job = merging.plan(_first(base, dtype), planning.fine_tuned(task, firsts), recipe)
+            case = Case.of(job.vectors, job.steps)
+            if 1 <= len(case.models) <= compiled.MOST_MODELS:
+                yield case
 
 
 def _first(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -210,9 +209,7 @@ def inspect_document(
     _check_device(options.device)
     mergekit_dare.register()
     with ExitStack() as stack:
-        if options.lora_merge_cache is None:
-            cache = stack.enter_context(TemporaryDirectory(prefix="mergekit-dare-"))
-            options = options.model_copy(update={"lora_merge_cache": cache})
+        options = stack.enter_context(planning.cached_adapters(options))
         base, saves = planning.plan_document(document, options)
         planned = (save.tensor_task for save in saves)
         tasks = [task for task in planned if isinstance(task, ExecuteMergeMethodTask)]

@@ -6,9 +6,10 @@ Its own planners are run, and its own tasks; nothing is written.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from mergekit.architecture import ModelArchitecture, get_architecture_info
@@ -78,6 +79,16 @@ def plan(
     # Planning writes nothing: the folder would be made when the tasks are run.
     tasks = planner.plan_to_disk("unused")
     return architecture, [task for task in tasks if isinstance(task, SaveTensor)]
+
+
+@contextmanager
+def cached_adapters(options: MergeOptions) -> Iterator[MergeOptions]:
+    """Give the options a folder for adapters that are merged into models, if they have none."""
+    if options.lora_merge_cache is not None:
+        yield options
+        return
+    with TemporaryDirectory(prefix="mergekit-dare-") as cache:
+        yield options.model_copy(update={"lora_merge_cache": cache})
 
 
 def plan_document(

@@ -106,9 +106,12 @@ def folder() -> Path:
     own, of_user = os.environ.get(FOLDER), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own).expanduser() / "compiled"
-    # As the specification has it, a relative one does not count.
-    root = Path(of_user) if of_user and os.path.isabs(of_user) else Path("~/.cache").expanduser()
-    return root / "mergekit-dare" / "compiled"
+    if of_user and os.path.isabs(of_user):  # by the specification, a relative one does not count
+        return Path(of_user) / "mergekit-dare" / "compiled"
+    try:
+        return Path.home() / ".cache" / "mergekit-dare" / "compiled"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"mergekit-dare-{os.getuid()}" / "compiled"
 
 
 def key(case: Case) -> dict[str, Any]:

@@ -699,3 +699,9 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert packages.folder() == Path.home() / ".cache/mergekit-dare/compiled"
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert packages.folder().parent.name == f"mergekit-dare-{os.getuid()}"

@@ -82,12 +82,12 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
         if not started:
             work()
         for thread in started:
-            thread.ended.wait()
+            thread.wait()
     finally:  # this thread may have been interrupted, wherever it was
         supply.end()
         for thread in started:
             if thread.ident is not None:  # else it has not begun, and will end at once
-                thread.ended.wait()
+                thread.wait()
         _restore_threads_of_torch()
     if errors:
         raise errors[0]
@@ -114,13 +114,22 @@ class _Thread(threading.Thread):
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         super().__init__(name=name)
-        self._work, self.ended = work, threading.Event()
+        self._work, self._has_ended = work, threading.Event()
 
     def run(self) -> None:
         try:
             self._work()
         finally:
-            self.ended.set()
+            self._has_ended.set()
+
+    def wait(self) -> None:
+        """Wait for its end, and see a Ctrl-C meanwhile.
+
+        Python sees none as long as it waits, if the system gave the signal to another thread, or
+        to this one just before it began to wait.
+        """
+        while not self._has_ended.wait(0.1):
+            pass
 
 
 def _start(started: list[_Thread], work: Callable[[], None], wanted: int) -> None:

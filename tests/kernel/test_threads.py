@@ -136,6 +136,19 @@ def test_ctrl_c(when: int) -> None:
         threads.run(work, iter(range(10**9)))
 
 
+def test_ctrl_c_that_another_thread_was_given() -> None:
+    """It does not wake the thread that waits for the others."""
+
+    def work(items: Iterator[int]) -> None:
+        for item in items:
+            if item == 5:
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(work, iter(range(10**9)))
+
+
 def test_ctrl_c_waits_for_what_was_begun() -> None:
     """Python up to 3.12 takes a thread for ended when an interruption ends the wait for it."""
     under_way: list[int] = []

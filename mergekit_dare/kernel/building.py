@@ -120,7 +120,10 @@ def _reason(errors: str) -> str:
     """Return the line of a traceback that names the error."""
     lines = [line.strip() for line in errors.splitlines() if line and not line[0].isspace()]
     named = [line for line in lines if ("Error" in line or "Exception" in line) and ":" in line]
-    return (named or lines or ["the compiler ended, or took too long, without a word"])[-1]
+    reason = (named or lines or ["the compiler ended, or took too long, without a word"])[-1]
+    if " " in torch.__file__:
+        return f"{reason} (torch's compiler does not bear the space in {torch.__file__})"
+    return reason
 
 
 @contextmanager

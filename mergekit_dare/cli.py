@@ -91,9 +91,10 @@ def doctor(as_json: bool, clear_cache: bool) -> None:
     Exit code 0: it is; 1: something is off.
     """
     from mergekit_dare.diagnostics.doctor import examine
-    from mergekit_dare.kernel import packages
 
     if clear_cache:
+        from mergekit_dare.kernel import packages  # which brings torch
+
         try:
             packages.clear()
         except OSError as error:

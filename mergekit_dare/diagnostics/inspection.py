@@ -31,6 +31,7 @@ from mergekit_dare.diagnostics.deltas import (
 from mergekit_dare.diagnostics.document import Document, choose
 from mergekit_dare.diagnostics.samples import Reader, Sampled
 from mergekit_dare.kernel import merging, threads
+from mergekit_dare.kernel.formula import dtype_name
 from mergekit_dare.kernel.masks import MaskBuffers, state_before, uniform_lanes
 from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
@@ -348,7 +349,7 @@ def _add_change(
     expected = (whole - wide).double().view(-1)
     if report.change is None:
         report.change = MergedChange(recipe.sampling, recipe.rounding)
-        report.change.dtype = str(base.dtype).removeprefix("torch.")
+        report.change.dtype = dtype_name(base.dtype)
     change = report.change
     change.square_sum += factor * float(expected.dot(expected))
     left = (drawn.to(base.dtype).float() - wide).double().view(-1)

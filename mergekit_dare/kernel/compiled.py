@@ -1,6 +1,6 @@
 """The formula as compiled code, where the user's cache has a package of it for the case.
 
-The result is the same to the bit in a third to a quarter of the time. It is
+The result is the same to the bit in about half of the time. It is
 :func:`mergekit_dare.kernel.formula.merge_chunk` itself that torch compiles ahead of time
 (:mod:`.building`); a package is used unasked, and takes milliseconds to load. The first chunk of
 each case is compared with what comes out without it. Where anything fails, one line in the log says

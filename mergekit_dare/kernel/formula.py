@@ -256,6 +256,11 @@ _INTEGERS = {
 SUPPORTED_DTYPES = tuple(_INTEGERS)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _may_have_negative_zeros(theta_0: Tensor) -> bool:
     """Look for them where that costs less than to provide for them."""
     if torch.compiler.is_compiling() or theta_0.device.type != "cpu":  # looking would wait for it

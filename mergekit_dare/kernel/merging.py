@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mergekit_dare.kernel import compiled, threads
 from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
-from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine, Numbers, Steps, merge_chunk
+from mergekit_dare.kernel.formula import (
+    SUPPORTED_DTYPES,
+    Combine,
+    Numbers,
+    Steps,
+    dtype_name,
+    merge_chunk,
+)
 from mergekit_dare.kernel.masks import (
     LANE_VALUES,
     mask_key,
@@ -329,8 +336,8 @@ def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
     """Raise ValueError for a dtype that no merge can take."""
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
-            f"tensor {recipe.tensor_name} of {name} has dtype {_dtype_name(tensor.dtype)}; DARE "
-            f"takes {', '.join(map(_dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
+            f"tensor {recipe.tensor_name} of {name} has dtype {dtype_name(tensor.dtype)}; DARE "
+            f"takes {', '.join(map(dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
             "are codes, which cannot be merged; dequantize it first"
         )
 
@@ -363,11 +370,7 @@ def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
         limit = torch.finfo(out.dtype).max
         wider = ", or set a wider dtype, such as bfloat16" if out.dtype == torch.float16 else ""
         raise ValueError(
-            f"merged tensor {recipe.tensor_name} overflows {_dtype_name(out.dtype)} (largest "
+            f"merged tensor {recipe.tensor_name} overflows {dtype_name(out.dtype)} (largest "
             f"{limit:g}) in {overflows} of {out.numel()} elements; lower weight or lambda, or "
             f"raise density{wider}"
         )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

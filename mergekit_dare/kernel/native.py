@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import packages, threads
-from mergekit_dare.kernel.formula import Numbers
+from mergekit_dare.kernel.formula import Numbers, dtype_name
 
 # Takes a package's inputs, and returns its one output as a number.
 Code = Callable[[Sequence[Tensor]], float]
@@ -117,7 +117,7 @@ def _of_torch() -> ctypes.CDLL:
 def _handle(of_torch: ctypes.CDLL, tensor: Tensor) -> int | None:
     """Return a new tensor of torch's C interface on the memory of a vector or a number."""
     made, sizes, strides = c_void_p(), (c_int64 * 1)(*tensor.shape), (c_int64 * 1)(1)
-    dtype = getattr(of_torch, f"aoti_torch_dtype_{packages.dtype_name(tensor.dtype)}")()
+    dtype = getattr(of_torch, f"aoti_torch_dtype_{dtype_name(tensor.dtype)}")()
     create, cpu = of_torch.aoti_torch_create_tensor_from_blob, of_torch.aoti_torch_device_type_cpu()
     _check(create(tensor.data_ptr(), tensor.dim(), sizes, strides, 0, dtype, cpu, 0, byref(made)))
     return made.value

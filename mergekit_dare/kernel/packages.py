@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import buffers, formula, masks, rounding
-from mergekit_dare.kernel.formula import Combine, Steps
+from mergekit_dare.kernel.formula import Combine, Steps, dtype_name
 
 FOLDER = "MERGEKIT_DARE_CACHE"
 # The part of a package's metadata that is ours.
@@ -91,11 +91,6 @@ class Case:
         words += ["lambda"] if steps.scale else []
         words += [] if steps.rescale else ["no rescale"]
         return ", ".join(words).replace("by_", "by ").replace("1 models", "1 model")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def folder() -> Path:
@@ -219,10 +214,10 @@ def read(case: Case) -> bytes:
             raise NoPackageError(problem)
         package = file.read()
     try:
-        made_for = json.loads(_member(package, _METADATA))[KEY]
+        made_for = _key_of(package)
     except _DAMAGED as error:
         raise NoPackageError(f"{place} is damaged") from error
-    if json.loads(made_for) != key(case):
+    if made_for != key(case):
         raise NoPackageError(f"{place} was made for something else")
     return package
 
@@ -257,6 +252,12 @@ def library(package: bytes) -> bytes:
         raise NoPackageError("a package is damaged") from error
 
 
+def _key_of(package: bytes) -> dict[str, Any]:
+    """Return what a package was made for; raises one of _DAMAGED."""
+    made_for: dict[str, Any] = json.loads(json.loads(_member(package, _METADATA))[KEY])
+    return made_for
+
+
 def _member(package: bytes, end: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(package)) as opened:
         (name,) = (name for name in opened.namelist() if name.endswith(end))
@@ -266,7 +267,7 @@ def _member(package: bytes, end: str) -> bytes:
 def is_for_this_process(file: Path) -> bool:
     """Tell whether a file is a package for this torch, processor and formula; it is whole."""
     try:
-        made_for = json.loads(json.loads(_member(file.read_bytes(), _METADATA))[KEY])
+        made_for = _key_of(file.read_bytes())
     except _DAMAGED:
         return False
     return {**made_for, "case": None} == {**_surroundings(), "case": None}
@@ -277,12 +278,8 @@ def all_files() -> list[Path]:
     return sorted(folder().glob("*.pt2"))
 
 
-def clear() -> int:
-    """Remove all packages, and what interrupted builds left; return how many packages it were."""
-    removed = all_files()
-    for file in removed:
-        file.unlink(missing_ok=True)
-    for pattern in ("lock", "*.so", "building-*"):
+def clear() -> None:
+    """Remove all packages, and what interrupted builds left."""
+    for pattern in ("*.pt2", "lock", "*.so", "building-*"):
         for left in folder().glob(pattern):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
-    return len(removed)

@@ -19,7 +19,6 @@ from mergekit_dare.diagnostics import planning
 from mergekit_dare.diagnostics.document import choose
 from mergekit_dare.diagnostics.findings import cut
 from mergekit_dare.kernel import building, compiled, merging, packages
-from mergekit_dare.kernel.buffers import CPU_CHUNK
 from mergekit_dare.kernel.formula import Combine, Steps
 from mergekit_dare.kernel.packages import Case
 
@@ -93,7 +92,7 @@ def cases_of(config: str, options: MergeOptions, *, name: str | None = None) -> 
                 continue
             tensors = {m: t for m, t in planning.loaded(task, kept).items() if t is not None}
             base = tensors.pop(task.base_model, None)
-            if base is None or base.numel() < CPU_CHUNK:
+            if base is None or not compiled.is_worth_making(base.numel()):
                 continue
             dtype = dtype_from_name(task.dtype)
             firsts = {model: _first(tensor, dtype) for model, tensor in tensors.items()}

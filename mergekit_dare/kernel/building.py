@@ -25,10 +25,13 @@ from torch import Tensor
 from mergekit_dare.kernel import formula, packages
 from mergekit_dare.kernel.buffers import CPU_CHUNK, Buffers
 from mergekit_dare.kernel.formula import Numbers
+from mergekit_dare.kernel.masks import LANES_PER_WORD
 from mergekit_dare.kernel.packages import Case, NoPackageError
 
 # Half a minute for the first and ten seconds for each other is usual.
 _MOST_SECONDS_FOR_EACH = 600
+# torch takes a size of 1 for one that is always so.
+LEAST_WORDS = 2
 
 
 def build(cases: Sequence[Case], done: Callable[[Case], None] = lambda case: None) -> None:
@@ -142,6 +145,11 @@ def _locked(file: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def takes(elements: int) -> bool:
+    """Tell whether a package takes a chunk of so many elements, which are CPU_CHUNK at most."""
+    return elements % LANES_PER_WORD == 0 and elements >= LEAST_WORDS * LANES_PER_WORD
+
+
 class _Chunk(torch.nn.Module):
     """The merge of one chunk, as torch exports it."""
 
@@ -150,38 +158,40 @@ class _Chunk(torch.nn.Module):
         self.case = case
 
     def forward(
-        self, out: Tensor, theta_0: Tensor, thetas: Sequence[Tensor], numbers: Sequence[Tensor]
+        self,
+        out: Tensor,
+        theta_0: Tensor,
+        thetas: Sequence[Tensor],
+        integers: Tensor,
+        floats: Tensor,
     ) -> Tensor:
         # Buffers that the compiler sees come and go, so that it need not fill them.
-        b = Buffers.allocate(CPU_CHUNK, theta_0.device, self.case.steps.dtype)
-        return formula.merge_chunk(
-            out, theta_0, list(thetas), Numbers(*numbers), self.case.steps, b
-        )
+        b = Buffers.allocate(theta_0.numel(), theta_0.device, self.case.steps.dtype)
+        numbers = Numbers.from_vectors(integers, floats, len(thetas))
+        return formula.merge_chunk(out, theta_0, list(thetas), numbers, self.case.steps, b)
 
 
 def compile_to(case: Case, file: str) -> None:
     """Compile the formula for a case, in this process, into a package.
+
+    It takes chunks of each size that :func:`takes` names.
 
     Raises:
         Exception: whatever torch's compiler raises.
 
     """
     models = len(case.models)
-    integers = torch.ones(models + 1, dtype=torch.int64)
-    floats = torch.ones(models, dtype=torch.float64)
-    numbers = Numbers(
-        states=integers,
-        thresholds=integers[1:].clone(),
-        scales=floats.clone(),
-        factors=floats.clone(),
-        weights=floats.clone(),
-        lambda_=floats[0].clone(),
-    )
     theta_0 = torch.zeros(CPU_CHUNK, dtype=case.base)
     thetas = [torch.zeros(CPU_CHUNK, dtype=dtype) for dtype in case.models]
+    integers = torch.ones(2 * models + 1, dtype=torch.int64)
+    floats = torch.ones(3 * models + 1, dtype=torch.float64)
+    words = torch.export.Dim("words", min=LEAST_WORDS, max=CPU_CHUNK // LANES_PER_WORD)
+    elements = {0: LANES_PER_WORD * words}
     with torch.no_grad():
         program = torch.export.export(
-            _Chunk(case), (torch.empty_like(theta_0), theta_0, thetas, list(numbers))
+            _Chunk(case),
+            (torch.empty_like(theta_0), theta_0, thetas, integers, floats),
+            dynamic_shapes=(elements, elements, [elements] * models, None, None),
         )
         torch._inductor.aoti_compile_and_package(
             program,
@@ -189,6 +199,9 @@ def compile_to(case: Case, file: str) -> None:
             inductor_configs={
                 # Threads of ours run it, which wait for nobody (mergekit_dare.kernel.threads).
                 "cpp.threads": 1,
+                # Else SplitMix64's constants become a part of the code, and the C++ compiler draws
+                # wrong conclusions from products that wrap around (mergekit_dare.kernel.masks).
+                "always_keep_tensor_constants": True,
                 "aot_inductor.metadata": {packages.KEY: json.dumps(packages.key(case))},
             },
         )

@@ -3,9 +3,9 @@
 The result is the same to the bit in about half of the time. It is
 :func:`mergekit_dare.kernel.formula.merge_chunk` itself that torch compiles ahead of time
 (:mod:`.building`); a package is used unasked, and takes milliseconds to load. The first chunk of
-each case is compared with what comes out without it. Where anything fails, one line in the log says
-so, and the formula runs as without. ``MERGEKIT_DARE_COMPILE=0`` leaves all packages alone, and
-``=1`` makes those that are missing.
+each case, and each larger one, is compared with what comes out without it. Where anything fails,
+one line in the log says so, and the formula runs as without. ``MERGEKIT_DARE_COMPILE=0`` leaves all
+packages alone, and ``=1`` makes those that are missing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from mergekit_dare.kernel import building, formula, native, packages, threads
 from mergekit_dare.kernel.buffers import CPU_CHUNK, Buffers
 from mergekit_dare.kernel.formula import Numbers, Steps
+from mergekit_dare.kernel.masks import LANES_PER_WORD
 from mergekit_dare.kernel.packages import Case, NoPackageError
 
 SWITCH = "MERGEKIT_DARE_COMPILE"
@@ -33,14 +35,29 @@ MOST_MODELS = 8
 # subnormal numbers to zero (PyTorch issue 135758).
 OLDEST_TORCH = (2, 13)
 
-# Merges a chunk of CPU_CHUNK elements, of the result, theta_0 and each theta_k, and returns what
-# formula.merge_chunk does; None if it cannot.
-MergeChunk = Callable[[Sequence[Tensor], Numbers], Tensor | None]
+# Merges a chunk of the result, theta_0 and each theta_k, and returns what formula.merge_chunk does,
+# as a number; None if it cannot.
+MergeChunk = Callable[[Sequence[Tensor], Numbers], float | None]
 
 LOG = logging.getLogger(__name__)
 
-# What runs a case's package; None where there is none that can be used.
-_LOADED: dict[Case, native.Code | None] = {}
+
+@dataclass(eq=False)
+class _Package:
+    """The package of a case, in this process.
+
+    Attributes:
+        code: What runs it; None where there is none that can be used.
+        compared: Elements of the largest chunk that was compared with what comes out without it.
+
+    """
+
+    code: native.Code | None = None
+    compared: int = 0
+
+
+# By the case, and whether the package was to be made if it was missing.
+_LOADED: dict[tuple[Case, bool], _Package] = {}
 _LOCK = threading.Lock()
 _WARNED = threading.Event()  # one line in a process
 
@@ -84,13 +101,16 @@ def suits(vectors: Sequence[Tensor], steps: Steps) -> bool:
 
     On accelerators, torch's compiler fuses roundings that must stay apart.
     """
-    theta_0 = vectors[0]
     return (
-        theta_0.numel() >= CPU_CHUNK
-        and theta_0.device.type == "cpu"
+        vectors[0].device.type == "cpu"
         and 2 <= len(vectors) <= MOST_MODELS + 1
         and not steps.equal_infinities
     )
+
+
+def is_worth_making(elements: int) -> bool:
+    """Tell whether a package is made for a tensor; one that is there is for any."""
+    return elements >= CPU_CHUNK
 
 
 def merge_function(
@@ -106,35 +126,45 @@ def merge_function(
     """
     if not suits(vectors, steps) or is_switched_off():
         return None
-    case = Case.of(vectors, steps)
-    code = _code(case, [vector[:CPU_CHUNK] for vector in vectors], numbers)
-    return None if code is None else partial(_merge_chunk, case, code)
+    package = _package(Case.of(vectors, steps), vectors, numbers)
+    return None if package is None else partial(_merge_chunk, package)
 
 
-def _code(
-    case: Case, first: Sequence[Tensor], numbers: Callable[[int], Numbers]
-) -> native.Code | None:
-    """Return what runs a case's package, which is loaded and tried once in a process."""
+def _package(
+    case: Case, vectors: Sequence[Tensor], numbers: Callable[[int], Numbers]
+) -> _Package | None:
+    """Return a case's package, which is loaded once in a process, if this tensor can have it."""
+    elements = min(vectors[0].numel(), CPU_CHUNK)
+    if not building.takes(elements):
+        return None
+    make = is_worth_making(elements) and is_switched_on()
     with _LOCK:
-        if case not in _LOADED:
+        package = _LOADED.get((case, make))
+        if package is None:
+            package = _LOADED[case, make] = _Package()
             try:
-                code = _load(case)
-                if not _may_be_tried(case, code, first, numbers(0)):
-                    return None
-                _LOADED[case] = code
+                package.code = _load(case, make)
             except Exception as error:  # whatever it is, the merge must go on
-                _give_up(case, error)
-        return _LOADED[case]
+                _give_up(package, error)
+        if package.code is not None and elements > package.compared:
+            try:
+                first = [vector[:elements] for vector in vectors]
+                if not _may_be_tried(case, package.code, first, numbers(0)):
+                    return None
+                package.compared = elements
+            except Exception as error:
+                _give_up(package, error)
+    return package if package.code is not None else None
 
 
-def _load(case: Case) -> native.Code:
-    """Load a case's package; make it before that if it is missing, and asked for."""
+def _load(case: Case, make: bool) -> native.Code:
+    """Load a case's package; if asked to, make it before that where it is missing."""
     if reason := why_not_here():
-        raise NoPackageError(reason if is_switched_on() else "")
+        raise NoPackageError(reason if make else "")
     try:
         package = packages.read(case)
     except NoPackageError:
-        if not is_switched_on():
+        if not make:
             raise
         LOG.warning("compiling %s for this machine: once, half a minute or so", case)
         building.build([case])
@@ -142,8 +172,8 @@ def _load(case: Case) -> native.Code:
     return native.load(package, case.steps.dtype)
 
 
-def _may_be_tried(case: Case, code: native.Code, first: Sequence[Tensor], numbers: Numbers) -> bool:
-    """Compare the first chunk with what comes out without compiled code.
+def _may_be_tried(case: Case, code: native.Code, chunk: Sequence[Tensor], numbers: Numbers) -> bool:
+    """Compare a chunk with what comes out without compiled code.
 
     Returns:
         False if nothing can be told of it, as the result is not finite.
@@ -152,32 +182,35 @@ def _may_be_tried(case: Case, code: native.Code, first: Sequence[Tensor], number
         NoPackageError: it differs.
 
     """
-    theta_0, *thetas = first
+    theta_0, *thetas = chunk
     out, expected = torch.empty_like(theta_0), torch.empty_like(theta_0)
     with threads.single(), Buffers.lent(theta_0.device, case.steps.dtype) as b:
-        norm = formula.merge_chunk(expected, theta_0, thetas, numbers, case.steps, b)
+        part = b.first(theta_0.numel())
+        norm = formula.merge_chunk(expected, theta_0, thetas, numbers, case.steps, part)
     if not norm.isfinite():
         return False
-    code([out, *first, *_tensors(numbers)])
-    if not torch.equal(expected.view(torch.int8), out.view(torch.int8)):
-        raise NoPackageError("it gives other results here, which is an error of the compiler")
+    # Loops over vectors have another end if there is a rest.
+    for elements in (theta_0.numel(), theta_0.numel() - 3 * LANES_PER_WORD):
+        if building.takes(elements):
+            code([vector[:elements] for vector in (out.zero_(), *chunk)], numbers)
+            if not torch.equal(*(v[:elements].view(torch.int8) for v in (out, expected))):
+                raise NoPackageError("it gives other results, which is an error of the compiler")
     return True
 
 
-def _merge_chunk(
-    case: Case, code: native.Code, chunk: Sequence[Tensor], numbers: Numbers
-) -> Tensor | None:
-    if _LOADED.get(case) is None:  # it has failed meanwhile
+def _merge_chunk(package: _Package, chunk: Sequence[Tensor], numbers: Numbers) -> float | None:
+    code = package.code
+    # It may have failed meanwhile; and the last chunk of a tensor has any size.
+    if code is None or not building.takes(chunk[0].numel()):
         return None
     try:
-        norm = code([*chunk, *_tensors(numbers)])
+        return code(chunk, numbers)
     except Exception as error:  # whatever it is, the merge must go on
-        _give_up(case, error)
+        _give_up(package, error)
         return None
-    return torch.tensor(norm, dtype=case.steps.dtype, device="cpu")
 
 
-def _give_up(case: Case, error: Exception) -> None:
+def _give_up(package: _Package, error: Exception) -> None:
     """Merge without compiled code from now on; say why, if there is more to say than "missing"."""
     reason = str(error)
     if not isinstance(error, NoPackageError):
@@ -185,11 +218,4 @@ def _give_up(case: Case, error: Exception) -> None:
     if reason and not _WARNED.is_set():
         LOG.warning("merging without compiled code: %s", reason)
         _WARNED.set()
-    _LOADED[case] = None
-
-
-def _tensors(numbers: Numbers) -> list[Tensor]:
-    """Return the numbers as tensors: Python numbers would be compiled in."""
-    # Of the CPU, whatever the default device of the program is.
-    dtypes = (torch.int64,) * 2 + (torch.float64,) * 4
-    return [torch.tensor(n, dtype=d, device="cpu") for n, d in zip(numbers, dtypes, strict=True)]
+    package.code = None

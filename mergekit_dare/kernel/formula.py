@@ -102,6 +102,18 @@ class Numbers(NamedTuple):
     weights: Sequence[float] | Tensor
     lambda_: float | Tensor
 
+    def as_lists(self) -> tuple[list[int], list[float]]:
+        """Return all integers and all floating-point numbers, of numbers that are no tensors."""
+        integers, floats = [*self.states, *self.thresholds], [*self.scales, *self.factors]
+        return integers, [*floats, *self.weights, self.lambda_]
+
+    @classmethod
+    def from_vectors(cls, integers: Tensor, floats: Tensor, models: int) -> Numbers:
+        """Return the numbers for which :meth:`as_lists` returns the content of two vectors."""
+        states, thresholds = integers.split([models + 1, models])
+        scales, factors, weights, lambda_ = floats.split([models, models, models, 1])
+        return cls(states, thresholds, scales, factors, weights, lambda_[0])
+
 
 def merge_chunk(
     out: Tensor,

@@ -141,7 +141,7 @@ def _block_sums(values: Tensor) -> Iterator[Tensor]:
 def _bytes(tensor: Tensor) -> bytes:
     if tensor.stride(0) != 1:  # torch calls a single element contiguous, whatever its stride
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return bytes(tensor.view(torch.uint8).cpu().numpy().tobytes())
+    return bytes(tensor.view(torch.uint8).numpy(force=True))
 
 
 @dataclass

@@ -269,30 +269,35 @@ def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
 def _merge_chunks(out: Tensor, job: Job) -> float:
     """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
-    The bound is the largest chunk's L2 norm. Whole chunks are merged by compiled code, if there is.
+    The bound is the largest chunk's L2 norm. Chunks are merged by compiled code, if there is any.
     """
     device, steps = out.device, job.steps
-    size = chunk_size(device)
     merge_compiled = compiled.merge_function(job.vectors, steps, job.numbers)
 
-    def merge_all(pieces: Iterator[Piece]) -> Tensor:
-        # One for all: small tensors that live on between large ones keep freed memory from use.
-        largest = torch.zeros((), dtype=steps.dtype, device=device)
-        with Buffers.lent(device, steps.dtype) as b:
-            for first, chunk in pieces:
-                numbers, norm = job.numbers(first), None
-                if merge_compiled is not None and chunk[0].numel() == size:
-                    norm = merge_compiled(chunk, numbers)
-                if norm is None:
-                    out, theta_0, *thetas = chunk
-                    part = b.first(out.numel())
-                    norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
-                torch.maximum(largest, norm, out=largest)
-        return largest
+    def merge_all(pieces: Iterator[Piece]) -> list[float]:
+        norms: list[float] = []
+        of_device: list[Tensor] = []  # whose numbers are not waited for before the end
+        for first, chunk in pieces:
+            numbers = job.numbers(first)
+            if merge_compiled is not None:
+                norm = merge_compiled(chunk, numbers)
+                if norm is not None:
+                    norms.append(norm)
+                    continue
+            out, theta_0, *thetas = chunk
+            with Buffers.lent(device, steps.dtype) as b:
+                part = b.first(out.numel())
+                of_chunk = merge_chunk(out, theta_0, thetas, numbers, steps, part)
+            if device.type == "cpu":
+                norms.append(float(of_chunk))
+            else:
+                of_device.append(of_chunk)
+        return norms + (torch.stack(of_device).tolist() if of_device else [])
 
     most = _most_threads(device, out.numel(), len(job.terms), LEAST_MERGED)
-    largest = threads.run(merge_all, chunks(size, out, *job.vectors), most)
-    return float(largest[0] if len(largest) == 1 else torch.stack(largest).max())
+    pieces = chunks(chunk_size(device), out, *job.vectors)
+    norms = [*itertools.chain(*threads.run(merge_all, pieces, most))]
+    return math.nan if any(map(math.isnan, norms)) else max(norms)
 
 
 def _most_threads(device: torch.device, elements: int, models: int, least: int) -> int:

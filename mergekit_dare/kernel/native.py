@@ -12,17 +12,28 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import (
+    addressof,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_void_p,
+    sizeof,
+)
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import packages, threads
-from mergekit_dare.kernel.formula import Numbers, dtype_name
+from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Numbers, dtype_name
 
-# Takes a package's inputs, and returns its one output as a number.
-Code = Callable[[Sequence[Tensor]], float]
+# Takes the result, theta_0 and each theta_k, and the numbers; returns a package's one output.
+Code = Callable[[Sequence[Tensor], Numbers], float]
 
 
 def load(package: bytes, dtype: torch.dtype) -> Code:
@@ -51,10 +62,14 @@ def _by_torch(package: bytes) -> Code:
         file.flush()
         model = torch._inductor.aoti_load_package(file.name)
 
-    def run(inputs: Sequence[Tensor]) -> float:
-        out, theta_0, *rest = inputs
-        of_numbers = len(Numbers._fields)
-        return float(model(out, theta_0, rest[:-of_numbers], rest[-of_numbers:]))
+    def run(vectors: Sequence[Tensor], numbers: Numbers) -> float:
+        out, theta_0, *thetas = vectors
+        integers, floats = numbers.as_lists()
+        vectors_of_numbers = (  # of the CPU, whatever the default device of the program is
+            torch.tensor(integers, dtype=torch.int64, device="cpu"),
+            torch.tensor(floats, dtype=torch.float64, device="cpu"),
+        )
+        return float(model(out, theta_0, thetas, *vectors_of_numbers))
 
     return run
 
@@ -72,14 +87,31 @@ def _by_c_interface(library: bytes, dtype: torch.dtype) -> Code:
     call = of_package.AOTInductorModelContainerRun
     call.argtypes = [c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p]
     number = c_float if dtype == torch.float32 else c_double
+    one, cpu = (c_int64 * 1)(1), of_torch.aoti_torch_device_type_cpu()
+    names = {
+        dtype: getattr(of_torch, f"aoti_torch_dtype_{dtype_name(dtype)}")()
+        for dtype in (*SUPPORTED_DTYPES, torch.int64)
+    }
 
-    def run(inputs: Sequence[Tensor]) -> float:
+    def run(vectors: Sequence[Tensor], numbers: Numbers) -> float:
+        integers, floats = numbers.as_lists()
+        of_integers, of_floats = (
+            (c_int64 * len(integers))(*integers),
+            (c_double * len(floats))(*floats),
+        )
+        inputs = [(vector.data_ptr(), vector.shape[0], vector.dtype) for vector in vectors]
+        inputs.append((addressof(of_integers), len(integers), torch.int64))
+        inputs.append((addressof(of_floats), len(floats), torch.float64))
         # The tensors behind the handles that are made here are gone when the call returns.
         given, returned, place = (c_void_p * len(inputs))(), (c_void_p * 1)(), c_void_p()
-        for handle, tensor in enumerate(inputs):
-            given[handle] = _handle(of_torch, tensor)
+        for index, (address, size, dtype) in enumerate(inputs):
+            sizes, handle = (c_int64 * 1)(size), byref(given, index * sizeof(c_void_p))
+            made = of_torch.aoti_torch_create_tensor_from_blob(
+                address, 1, sizes, one, 0, names[dtype], cpu, 0, handle
+            )
+            _check(made)
         _check(call(container, given, len(inputs), returned, 1, None, None))
-        output = c_void_p(returned[0])
+        output = returned[0]
         try:
             _check(of_torch.aoti_torch_get_data_ptr(output, byref(place)))
             assert place.value is not None
@@ -111,16 +143,9 @@ def _of_torch() -> ctypes.CDLL:
         *(pointer, number, pointer, pointer, number),  # data, dimensions, sizes, strides, offset
         *(c_int32, c_int32, c_int32, pointer),  # dtype, device, its number, the handle
     ]
+    functions.aoti_torch_get_data_ptr.argtypes = [pointer, pointer]
+    functions.aoti_torch_delete_tensor_object.argtypes = [pointer]
     return functions
-
-
-def _handle(of_torch: ctypes.CDLL, tensor: Tensor) -> int | None:
-    """Return a new tensor of torch's C interface on the memory of a vector or a number."""
-    made, sizes, strides = c_void_p(), (c_int64 * 1)(*tensor.shape), (c_int64 * 1)(1)
-    dtype = getattr(of_torch, f"aoti_torch_dtype_{dtype_name(tensor.dtype)}")()
-    create, cpu = of_torch.aoti_torch_create_tensor_from_blob, of_torch.aoti_torch_device_type_cpu()
-    _check(create(tensor.data_ptr(), tensor.dim(), sizes, strides, 0, dtype, cpu, 0, byref(made)))
-    return made.value
 
 
 def _check(error: int) -> None:

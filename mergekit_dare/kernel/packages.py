@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import buffers, formula, masks, rounding
+from mergekit_dare.kernel import buffers
 from mergekit_dare.kernel.formula import Combine, Steps, dtype_name
 
 FOLDER = "MERGEKIT_DARE_CACHE"
@@ -125,9 +125,9 @@ def path(case: Case) -> Path:
 def _surroundings() -> dict[str, Any]:
     """Return what all packages of this process depend on."""
     digest = hashlib.blake2b(digest_size=12)
-    for module in (buffers, formula, masks, rounding):
-        assert module.__file__ is not None
-        digest.update(Path(module.__file__).read_bytes())
+    folder = Path(__file__).parent
+    for module in ("buffers", "building", "formula", "masks", "rounding"):
+        digest.update((folder / f"{module}.py").read_bytes())
     return {
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "processor": _processor(),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -178,8 +179,7 @@ class DareMethod(GroupMergeMethod):
 
         """
         if "torch._dynamo" in sys.modules:  # somebody compiles, perhaps what calls us
-            merge: Callable[..., torch.Tensor] = torch.compiler.disable(self._merge)
-            return merge(group, parameters)
+            return _merge_uncompiled()(self, group, parameters)
         return self._merge(group, parameters)
 
     def _merge(self, group: TensorGroup, parameters: Mapping[str, Any]) -> torch.Tensor:
@@ -205,6 +205,13 @@ class DareMethod(GroupMergeMethod):
         for look in _OBSERVERS:
             look(group.base.tensor, models, recipe.tensor_name)
         return merged
+
+
+@cache
+def _merge_uncompiled() -> Callable[..., torch.Tensor]:
+    """Return :meth:`DareMethod._merge` as nobody compiles it; that imports torch's compiler."""
+    merge: Callable[..., torch.Tensor] = torch.compiler.disable(DareMethod._merge)
+    return merge
 
 
 def _seed_of_torch() -> int:

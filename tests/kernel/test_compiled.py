@@ -91,7 +91,10 @@ def entries_of(name: str, elements: int) -> tuple[Tensor, list[FineTuned], Recip
 
 
 def case_of(name: str) -> Case:
-    base, entries, settings = entries_of(name, 4000)
+    return case_of_merge(*entries_of(name, 4000))
+
+
+def case_of_merge(base: Tensor, entries: list[FineTuned], settings: Recipe) -> Case:
     job = merging.plan(base, entries, settings)
     return Case.of(job.vectors, job.steps)
 
@@ -137,7 +140,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if function is None:
             return None
 
-        def merge_and_count(*chunk: Any) -> Tensor | None:
+        def merge_and_count(*chunk: Any) -> float | None:
             norm = function(*chunk)
             merged[-1] += norm is not None
             return norm
@@ -161,11 +164,28 @@ def merge_both_ways(
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits(name: str, cache: Path, chunks: list[int]) -> None:
     """Unasked, and by the C interface, which needs none of the compiler."""
-    base, entries, settings = entries_of(name, 3 * CHUNK + 1027)
-    plain, with_compiled = merge_both_ways(base, entries, settings)
-    assert_same_bits(with_compiled, plain)
-    assert chunks == [0, 3]
-    assert not torch.equal(bits(plain), bits(base))
+    for elements, of_compiled in ((3 * CHUNK + 1027, 3), (3 * CHUNK + 1028, 4)):
+        base, entries, settings = entries_of(name, elements)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
+        assert_same_bits(with_compiled, plain)
+        # What is summed up first depends on the weights, and is of another dtype if they differ.
+        is_there = case_of_merge(base, entries, settings) == case_of(name)
+        assert is_there or name == "mixed"
+        assert chunks[-2:] == [0, of_compiled if is_there else 0]
+        assert not torch.equal(bits(plain), bits(base))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_of_every_size(name: str, cache: Path, chunks: list[int]) -> None:
+    """Of all ends that loops over vectors can have, and in tensors under a chunk."""
+    base, entries, settings = entries_of(name, 3004)
+    for elements in (*range(1, 200), 1000, 3000, 3001, 3004):
+        part = [FineTuned(m.name, m.tensor[:elements], m.weight, m.density) for m in entries]
+        plain, with_compiled = merge_both_ways(base[:elements], part, settings)
+        assert_same_bits(with_compiled, plain)
+        is_there = case_of_merge(base[:elements], part, settings) == case_of(name)
+        assert chunks[-2:] == [0, is_there and elements >= 8 and elements % 4 == 0]
 
 
 @needs_compiler
@@ -176,7 +196,7 @@ from mergekit_dare.kernel import compiled
 from tests.kernel.test_compiled import CHUNK, entries_of, merging
 base, entries, settings = entries_of('linear', CHUNK)
 merging.merge(base, entries, settings)
-used = [code is not None for code in compiled._LOADED.values()]
+used = [package.code is not None for package in compiled._LOADED.values()]
 print(used, 'torch._inductor.codecache' in sys.modules)
 """
     assert run_command(sys.executable, "-c", program).stdout == "[True] False\n"
@@ -242,7 +262,7 @@ def test_errors_and_equal_infinities(cache: Path, chunks: list[int]) -> None:
         [FineTuned(m.name, m.tensor[: CHUNK + 5], m.weight, m.density) for m in entries],
         settings,
     )
-    assert not compiled._LOADED
+    assert [package.compared for package in compiled._LOADED.values()] == [0]
 
 
 @needs_compiler
@@ -303,7 +323,7 @@ def test_the_command_makes_what_a_merge_needs(
         found = set(compile_command.cases_of(config, MergeOptions()))
         compiled._LOADED.clear()
         merge_yaml(yaml.safe_load(Path(config).read_text()), tmp_path / method)
-        assert found == set(compiled._LOADED)
+        assert found == {case for case, _ in compiled._LOADED}
         wide = method == "dare_linear"  # for such a weight, which the other one normalizes
         assert [case.steps.dtype == torch.float64 for case in found] == [wide]
 
@@ -607,27 +627,29 @@ def test_one_line_where_compiled_code_fails(
     def load_what_fails(*arguments: Any) -> native.Code:
         run = load(*arguments)
 
-        def fails_at_the_third_call(inputs: Any) -> float:
+        def fails_at_the_fourth_call(vectors: Any, numbers: Any) -> float:
             nonlocal calls
             calls += 1
-            if calls >= 3:
-                inputs[0][: CHUNK // 2] = 7
+            if calls >= 4:
+                vectors[0][: CHUNK // 2] = 7
                 raise RuntimeError("no space left\nand a traceback")
-            return run(inputs)
+            return run(vectors, numbers)
 
-        return fails_at_the_third_call
+        return fails_at_the_fourth_call
 
     monkeypatch.setattr(native, "load", load_what_fails)
     for _ in range(2):
         base, entries, settings = entries_of("linear", 5 * CHUNK)
         plain, with_compiled = merge_both_ways(base, entries, settings)
         assert_same_bits(with_compiled, plain)
-    assert chunks == [0, 1, 0, 0]  # the first call was the comparison
+    assert chunks == [0, 1, 0, 0]  # the first two calls were the comparison
     assert caplog.messages == ["merging without compiled code: RuntimeError: no space left"]
 
 
 @needs_compiler
+@pytest.mark.parametrize("where", ["the last whole vector", "the end", "a rest"])
 def test_one_line_where_compiled_code_is_wrong(
+    where: str,
     cache: Path,
     chunks: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -638,9 +660,12 @@ def test_one_line_where_compiled_code_is_wrong(
     def load_what_errs(*arguments: Any) -> native.Code:
         run = load(*arguments)
 
-        def one_bit_off(inputs: Any) -> float:
-            norm = run(inputs)
-            inputs[0].view(torch.int16)[CHUNK - 1] += 1
+        def one_bit_off(vectors: Any, numbers: Any) -> float:
+            norm = run(vectors, numbers)
+            elements = len(vectors[0])
+            if where != "a rest" or elements % 64 != 0:
+                place = elements // 64 * 64 - 1 if where == "the last whole vector" else -1
+                vectors[0].view(torch.int16)[place] += 1
             return norm
 
         return one_bit_off
@@ -652,7 +677,34 @@ def test_one_line_where_compiled_code_is_wrong(
         assert_same_bits(with_compiled, plain)
     assert chunks == [0] * 4
     (message,) = caplog.messages
-    assert message.endswith("it gives other results here, which is an error of the compiler")
+    assert message.endswith("it gives other results, which is an error of the compiler")
+
+
+@needs_compiler
+def test_a_larger_chunk_is_compared_anew(
+    cache: Path, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a loop may go wrong only at its end."""
+    calls: list[int] = []
+    load = native.load
+
+    def load_and_count(*arguments: Any) -> native.Code:
+        run = load(*arguments)
+
+        def count(vectors: Any, numbers: Any) -> float:
+            calls.append(len(vectors[0]))
+            return run(vectors, numbers)
+
+        return count
+
+    monkeypatch.setattr(native, "load", load_and_count)
+    for elements in (64, 8, 512, CHUNK + 64, 2 * CHUNK):
+        base, entries, settings = entries_of("ties", elements)
+        plain, with_compiled = merge_both_ways(base, entries, settings)
+        assert_same_bits(with_compiled, plain)
+    compared = [64, 52, 512, 500, CHUNK, CHUNK - 12]
+    merged = [64, 8, 512, CHUNK, 64, CHUNK, CHUNK]
+    assert sorted(calls) == sorted(compared + merged)
 
 
 @needs_compiler

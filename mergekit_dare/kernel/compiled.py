@@ -141,11 +141,12 @@ def _package(
     with _LOCK:
         package = _LOADED.get((case, make))
         if package is None:
-            package = _LOADED[case, make] = _Package()
+            package = _Package()
             try:
                 package.code = _load(case, make)
             except Exception as error:  # whatever it is, the merge must go on
                 _give_up(package, error)
+            _LOADED[case, make] = package
         if package.code is not None and elements > package.compared:
             try:
                 first = [vector[:elements] for vector in vectors]

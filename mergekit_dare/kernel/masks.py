@@ -46,7 +46,8 @@ def _constant(word: int) -> Tensor:
 
 # 0-dim tensors: torch calls with Python numbers take up to twice as long. And in C++, to which
 # torch compiles, signed sums and products that wrap around are undefined: of numbers that it does
-# not know, a compiler concludes nothing; of these, one concluded that a loop ends after 3 words.
+# not know, as long as they stay tensors, a compiler concludes nothing; of these, one concluded that
+# a loop ends after 3 words, or after 16.
 _GAMMA_TENSOR = _constant(_GAMMA)
 _MULTIPLIER_1, _MULTIPLIER_2 = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
 # int64 shifts to the right copy the sign bit; the bit mask makes the shift a logical one.

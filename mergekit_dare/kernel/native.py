@@ -88,28 +88,24 @@ def _by_c_interface(library: bytes, dtype: torch.dtype) -> Code:
     call.argtypes = [c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p]
     number = c_float if dtype == torch.float32 else c_double
     one, cpu = (c_int64 * 1)(1), of_torch.aoti_torch_device_type_cpu()
-    names = {
-        dtype: getattr(of_torch, f"aoti_torch_dtype_{dtype_name(dtype)}")()
-        for dtype in (*SUPPORTED_DTYPES, torch.int64)
+    create_tensor = of_torch.aoti_torch_create_tensor_from_blob
+    codes = {
+        each: getattr(of_torch, f"aoti_torch_dtype_{dtype_name(each)}")()
+        for each in (*SUPPORTED_DTYPES, torch.int64)
     }
 
     def run(vectors: Sequence[Tensor], numbers: Numbers) -> float:
         integers, floats = numbers.as_lists()
-        of_integers, of_floats = (
-            (c_int64 * len(integers))(*integers),
-            (c_double * len(floats))(*floats),
-        )
+        of_integers = (c_int64 * len(integers))(*integers)
+        of_floats = (c_double * len(floats))(*floats)
         inputs = [(vector.data_ptr(), vector.shape[0], vector.dtype) for vector in vectors]
         inputs.append((addressof(of_integers), len(integers), torch.int64))
         inputs.append((addressof(of_floats), len(floats), torch.float64))
         # The tensors behind the handles that are made here are gone when the call returns.
         given, returned, place = (c_void_p * len(inputs))(), (c_void_p * 1)(), c_void_p()
-        for index, (address, size, dtype) in enumerate(inputs):
+        for index, (address, size, its_dtype) in enumerate(inputs):
             sizes, handle = (c_int64 * 1)(size), byref(given, index * sizeof(c_void_p))
-            made = of_torch.aoti_torch_create_tensor_from_blob(
-                address, 1, sizes, one, 0, names[dtype], cpu, 0, handle
-            )
-            _check(made)
+            _check(create_tensor(address, 1, sizes, one, 0, codes[its_dtype], cpu, 0, handle))
         _check(call(container, given, len(inputs), returned, 1, None, None))
         output = returned[0]
         try:

@@ -16,6 +16,7 @@ SECTIONS = {
     "inspecting": "mergekit-dare inspect: a sample, and all weights",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
     "stages": "where the time of a whole run goes, with options of mergekit",
+    "small": "merges of very many small tensors",
     "growth": "how the cost of whole runs grows with size and number of models",
 }
 

@@ -88,7 +88,10 @@ def magnitude_scale(
         scale = blocks.solve(density, scale)
         if blocks.standard_error(scale) <= STANDARD_ERROR * density:
             return scale
-    whole = _Sample(_Pieces(theta, theta_0, dtype))
+    small = elements <= _PIECE  # computed once, not each time that it is looked through
+    whole = _Sample(
+        [_magnitudes(theta, theta_0, dtype)] if small else _Pieces(theta, theta_0, dtype)
+    )
     if whole.nonzero <= density * elements:
         return None
     return whole.solve(density, scale)

@@ -97,9 +97,8 @@ def cases_of(config: str, options: MergeOptions, *, name: str | None = None) -> 
             dtype = dtype_from_name(task.dtype)
             firsts = {model: _first(tensor, dtype) for model, tensor in tensors.items()}
             job = merging.plan(_first(base, dtype), planning.fine_tuned(task, firsts), recipe)
-            case = Case.of(job.vectors, job.steps)
-            if 1 <= len(case.models) <= compiled.MOST_MODELS:
-                yield case
+            if compiled.suits(job.vectors, job.steps):
+                yield Case.of(job.vectors, job.steps)
 
 
 def _first(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

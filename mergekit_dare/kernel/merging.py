@@ -39,8 +39,8 @@ _SMALLEST_LINEAR_DIVISOR = 1e-8
 # arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
 # Elements times models for which another thread is started, to merge them or to make their keys:
-# that takes a tenth of a millisecond.
-LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 24
+# that takes up to a quarter of a millisecond, and keys wait for the memory more than for a core.
+LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 25
 # Elements up to which torch does not split an operation among threads.
 TORCHS_LEAST = 1 << 15
 

@@ -31,7 +31,7 @@ from mergekit_dare.kernel.packages import Case, NoPackageError
 # Half a minute for the first and ten seconds for each other is usual.
 _MOST_SECONDS_FOR_EACH = 600
 # torch takes a size of 1 for one that is always so.
-LEAST_WORDS = 2
+_LEAST_WORDS = 2
 
 
 def build(cases: Sequence[Case], done: Callable[[Case], None] = lambda case: None) -> None:
@@ -147,7 +147,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 def takes(elements: int) -> bool:
     """Tell whether a package takes a chunk of so many elements, which are CPU_CHUNK at most."""
-    return elements % LANES_PER_WORD == 0 and elements >= LEAST_WORDS * LANES_PER_WORD
+    return elements % LANES_PER_WORD == 0 and elements >= _LEAST_WORDS * LANES_PER_WORD
 
 
 class _Chunk(torch.nn.Module):
@@ -185,7 +185,7 @@ def compile_to(case: Case, file: str) -> None:
     thetas = [torch.zeros(CPU_CHUNK, dtype=dtype) for dtype in case.models]
     integers = torch.ones(2 * models + 1, dtype=torch.int64)
     floats = torch.ones(3 * models + 1, dtype=torch.float64)
-    words = torch.export.Dim("words", min=LEAST_WORDS, max=CPU_CHUNK // LANES_PER_WORD)
+    words = torch.export.Dim("words", min=_LEAST_WORDS, max=CPU_CHUNK // LANES_PER_WORD)
     elements = {0: LANES_PER_WORD * words}
     with torch.no_grad():
         program = torch.export.export(

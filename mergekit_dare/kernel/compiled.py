@@ -52,7 +52,7 @@ class _Package:
 
     """
 
-    code: native.Code | None = None
+    code: native.Code | None
     compared: int = 0
 
 
@@ -140,21 +140,17 @@ def _package(
     make = is_worth_making(elements) and is_switched_on()
     with _LOCK:
         package = _LOADED.get((case, make))
-        if package is None:
-            package = _Package()
-            try:
-                package.code = _load(case, make)
-            except Exception as error:  # whatever it is, the merge must go on
-                _give_up(package, error)
-            _LOADED[case, make] = package
-        if package.code is not None and elements > package.compared:
-            try:
+        try:
+            if package is None:
+                package = _LOADED[case, make] = _Package(_load(case, make))
+            if package.code is not None and elements > package.compared:
                 first = [vector[:elements] for vector in vectors]
                 if not _may_be_tried(case, package.code, first, numbers(0)):
                     return None
                 package.compared = elements
-            except Exception as error:
-                _give_up(package, error)
+        except Exception as error:  # whatever it is, the merge must go on
+            package = _LOADED.setdefault((case, make), _Package(None))
+            _give_up(package, error)
     return package if package.code is not None else None
 
 
@@ -195,7 +191,9 @@ def _may_be_tried(case: Case, code: native.Code, chunk: Sequence[Tensor], number
         if building.takes(elements):
             code([vector[:elements] for vector in (out.zero_(), *chunk)], numbers)
             if not torch.equal(*(v[:elements].view(torch.int8) for v in (out, expected))):
-                raise NoPackageError("it gives other results, which is an error of the compiler")
+                raise NoPackageError(
+                    "it gives other results here, which is an error of the compiler"
+                )
     return True
 
 

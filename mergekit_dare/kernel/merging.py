@@ -272,27 +272,23 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
     The bound is the largest chunk's L2 norm. Chunks are merged by compiled code, if there is any.
     """
     device, steps = out.device, job.steps
+    on_cpu = device.type == "cpu"
     merge_compiled = compiled.merge_function(job.vectors, steps, job.numbers)
 
     def merge_all(pieces: Iterator[Piece]) -> list[float]:
-        norms: list[float] = []
-        of_device: list[Tensor] = []  # whose numbers are not waited for before the end
+        norms: list[float | Tensor] = []
         for first, chunk in pieces:
             numbers = job.numbers(first)
-            if merge_compiled is not None:
-                norm = merge_compiled(chunk, numbers)
-                if norm is not None:
-                    norms.append(norm)
-                    continue
-            out, theta_0, *thetas = chunk
-            with Buffers.lent(device, steps.dtype) as b:
-                part = b.first(out.numel())
-                of_chunk = merge_chunk(out, theta_0, thetas, numbers, steps, part)
-            if device.type == "cpu":
-                norms.append(float(of_chunk))
-            else:
-                of_device.append(of_chunk)
-        return norms + (torch.stack(of_device).tolist() if of_device else [])
+            norm: float | Tensor | None = merge_compiled and merge_compiled(chunk, numbers)
+            if norm is None:
+                out, theta_0, *thetas = chunk
+                with Buffers.lent(device, steps.dtype) as b:
+                    part = b.first(out.numel())
+                    norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
+            norms.append(
+                float(norm) if on_cpu else norm
+            )  # a device is not waited for before the end
+        return [float(norm) for norm in norms]
 
     most = _most_threads(device, out.numel(), len(job.terms), LEAST_MERGED)
     pieces = chunks(chunk_size(device), out, *job.vectors)

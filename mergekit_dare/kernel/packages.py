@@ -125,9 +125,9 @@ def path(case: Case) -> Path:
 def _surroundings() -> dict[str, Any]:
     """Return what all packages of this process depend on."""
     digest = hashlib.blake2b(digest_size=12)
-    folder = Path(__file__).parent
+    here = Path(__file__).parent
     for module in ("buffers", "building", "formula", "masks", "rounding"):
-        digest.update((folder / f"{module}.py").read_bytes())
+        digest.update((here / f"{module}.py").read_bytes())
     return {
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "processor": _processor(),

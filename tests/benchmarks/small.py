@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mergekit_dare.diagnostics import compile_command
 from mergekit_dare.kernel import building, compiled
+from tests.benchmarks.candidates import merge_with
 from tests.benchmarks.process import MODELS, RUNS, make_models, merge_config
 from tests.benchmarks.report import show
 
@@ -70,12 +71,13 @@ def _merge(folder: Path, name: str) -> tuple[float, float]:
         seconds += time.perf_counter() - start
         return result
 
-    os.environ[compiled.SWITCH] = environment.get(compiled.SWITCH, "0")
-    MergeMethod._execute_resolved = timed  # type: ignore[method-assign]
-    try:
+    merge = merge_with(
+        environment.get(compiled.SWITCH, "0"),
+        lambda: run_merge(
+            config, str(folder / "out"), MergeOptions(quiet=True, copy_tokenizer=False)
+        ),
+    )
+    with mock.patch.object(MergeMethod, "_execute_resolved", timed):
         start = time.perf_counter()
-        run_merge(config, str(folder / "out"), MergeOptions(quiet=True, copy_tokenizer=False))
+        merge()
         return time.perf_counter() - start, seconds
-    finally:
-        MergeMethod._execute_resolved = execute  # type: ignore[method-assign]
-        os.environ[compiled.SWITCH] = "0"

@@ -7,7 +7,6 @@ with probabilities whose mean is the number itself. A number that the dtype hold
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 
 import torch
@@ -64,15 +63,21 @@ def _add_to_lost_bits(result: Tensor, lanes: Tensor, out: Tensor) -> None:
 
 def _choose_neighbour(result: Tensor, lanes: Tensor, out: Tensor) -> None:
     info = torch.finfo(out.dtype)
-    # result = m 2**e with m from 0.5 to 1; subnormal numbers have the unit of the least normal one.
-    _, exponent = torch.frexp(torch.where(torch.isfinite(result), result, 1))
-    _, least = math.frexp(info.smallest_normal)
-    bits = math.frexp(info.eps / 2)[1] - 1
-    # The unit is 2**(e + bits): in float64, e + bits + 1023 above the 52 bits of the fraction.
-    unit = (exponent.long().clamp_(min=least) + (bits + 1023) << 52).view(torch.float64)
-    units = result.double() / unit
+    # A unit in the last place is eps times the power of two below a number; subnormal numbers have
+    # that of the least normal one. Divided by it, and multiplied, all is exact.
+    integer, exponent = _EXPONENTS[result.dtype]
+    unit = torch.bitwise_and(result.view(integer), exponent).view(result.dtype)
+    unit.clamp_(min=info.smallest_normal, max=info.max).mul_(info.eps)
+    units = result.div_(unit)
     below = torch.floor(units)
-    rest = units - below
-    up = lanes.double() < torch.round(rest * LANE_VALUES)
-    exact = (rest == 0) | ~torch.isfinite(result)
-    out.copy_(torch.where(exact, result.double(), (below + up) * unit))
+    rest = units.sub_(below).mul_(LANE_VALUES).round_()
+    # 0 is subtracted where nothing is added, so that -0.0 stays.
+    minus_up = lanes.ge_(rest).sub_(1)
+    out.copy_(below.sub_(minus_up).mul_(unit))
+
+
+# The integers of a float's width, and the bits of its exponent: all others 0, it is a power of two.
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import random
 import statistics
 import sys
@@ -35,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=7, help="median of how many")
     parser.add_argument("--no-built-in", action="store_true", help="leave the slow ones out")
+    parser.add_argument(
+        "--new-memory",
+        action="store_true",
+        help="give freed memory back to the system (glibc) before each call: a merge keeps its "
+        "results until a shard is full, so each lies in new memory",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,6 +86,9 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         # In another order each time: who comes after a large one finds no memory ready.
         order = random.Random(round_number).sample(list(merges), len(merges))
         for name, merge in ((name, merges[name]) for name in order):
+            if arguments.new_memory:
+                gc.collect()
+                ctypes.CDLL(None).malloc_trim(0)
             start = time.perf_counter()
             for _ in range(repeat):
                 merge()

@@ -50,14 +50,18 @@ def _constant(word: int) -> Tensor:
 # a loop ends after 3 words, or after 16.
 _GAMMA_TENSOR = _constant(_GAMMA)
 _MULTIPLIER_1, _MULTIPLIER_2 = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
-# int64 shifts to the right copy the sign bit; the bit mask makes the shift a logical one.
-_SHIFTS = [(_constant(count), _constant((1 << (64 - count)) - 1)) for count in (30, 27, 31)]
+# int64 shifts to the right copy the sign bit; the bit mask makes the shift a logical one. There is
+# nothing undefined in these, so compiled code has them as the numbers they are.
+_SHIFTS = [(count, (1 << (64 - count)) - 1) for count in (30, 27, 31)]
+_SHIFT_TENSORS = [(_constant(count), _constant(low_bits)) for count, low_bits in _SHIFTS]
 
 # T - 2**15 for each T: what a lane is compared with.
 _LANE_THRESHOLDS = torch.arange(-(1 << 15), 1 << 15, device="cpu").to(torch.int16)
-# 1 in each lane of a word, the top bit of each lane, and all other bits.
-_EACH_LANE, _TOP_BITS = _constant(0x0001000100010001), _constant(0x8000800080008000)
-_LOW_BITS = _constant(0x7FFF7FFF7FFF7FFF)
+# 1 in each lane of a word, as what is multiplied with and as a bit mask; the top bit of each lane,
+# and all other bits.
+_EACH_LANE = 0x0001000100010001
+_EACH_LANE_TENSOR = _constant(_EACH_LANE)
+_TOP_BITS, _LOW_BITS = _signed(0x8000800080008000), 0x7FFF7FFF7FFF7FFF
 
 
 def threshold(density: float) -> int:
@@ -216,7 +220,7 @@ def splitmix64(state: int | Tensor, buffers: MaskBuffers) -> Tensor:
 
 
 def _xor_shift(z: Tensor, step: int, shifted: Tensor) -> Tensor:
-    count, low_bits = _SHIFTS[step]
+    count, low_bits = (_SHIFTS if torch.compiler.is_compiling() else _SHIFT_TENSORS)[step]
     torch.bitwise_right_shift(z, count, out=shifted)
     return z.bitwise_xor_(shifted.bitwise_and_(low_bits))
 
@@ -273,7 +277,7 @@ def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
 
     """
     # A kept lane's unsigned value, which has the other top bit, is at most T - 1.
-    largest = (t - 1) * _EACH_LANE
+    largest = (t - 1) * _EACH_LANE_TENSOR
     low_bits_at_most = (largest | _TOP_BITS) - (words & _LOW_BITS)  # in the top bits
     kept = (largest & words) | ((largest ^ words) & low_bits_at_most)
     ones = (kept >> 15) & _EACH_LANE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -20,6 +21,15 @@ LAZY = {
 
 
 class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:  # as of a full disk; Python's own exit code, 1, is a verdict here
+            if error.errno == errno.EPIPE:  # who reads has seen enough: click knows of that
+                raise
+            click.echo(f"mergekit-dare cannot go on: {error}", err=True)
+            sys.exit(2)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*super().list_commands(ctx), *LAZY])
 

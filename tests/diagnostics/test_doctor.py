@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -121,3 +122,19 @@ def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatc
     line = doctor._startup_file()
     assert line.found.endswith("Python reads no start-up files in that folder")
     assert line.remedy is not None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_is_no_verdict(tmp_path: Path) -> None:
+    """Of check, 1 would say that there are errors, and of verify that a model is another one."""
+    config = tmp_path / "dare.yml"
+    config.write_text("merge_method: dare_ties\n")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [SCRIPTS / "mergekit-dare", "check", config],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("mergekit-dare cannot go on: ")

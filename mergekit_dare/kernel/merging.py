@@ -285,9 +285,8 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
                 with Buffers.lent(device, steps.dtype) as b:
                     part = b.first(out.numel())
                     norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
-            norms.append(
-                float(norm) if on_cpu else norm
-            )  # a device is not waited for before the end
+            # A device is not waited for before the end.
+            norms.append(float(norm) if on_cpu else norm)
         return [float(norm) for norm in norms]
 
     most = _most_threads(device, out.numel(), len(job.terms), LEAST_MERGED)

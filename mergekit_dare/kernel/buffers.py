@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel.masks import MaskBuffers
+from mergekit_dare.kernel.masks import LANES_PER_WORD, MaskBuffers, words_of
 
 # Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
 # between them; a larger one does not stay in a cache. An accelerator needs enough elements to be
 # busy. Buffers take 10 MB on a CPU, in each thread that works on a chunk; 170 MB on an accelerator.
 CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 18, 1 << 22
+# Elements times models up to which all masks are made at once: with fewer, calls of torch are what
+# takes the time; with more, torch would split them among its threads.
+MOST_AT_ONCE = 1 << 15
 
 
 def chunk_size(device: torch.device) -> int:
@@ -45,7 +48,9 @@ def chunks(size: int, *vectors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
 class Buffers:
     """All the memory that a merge needs beside its inputs and its output.
 
-    Every tensor has the shape (capacity,) and the dtype of the arithmetic.
+    Every tensor has the shape (capacity,) and the dtype of the arithmetic, but for ``masks``:
+    several models' masks, shape (models, capacity), in the memory of the one, and the scratch
+    space for them; None where they would be too large.
     """
 
     mask_buffers: MaskBuffers
@@ -57,7 +62,9 @@ class Buffers:
     signed_weights: Tensor
     weights: Tensor
     scratch: Tensor
+    masks: tuple[Tensor, MaskBuffers] | None = field(default=None, init=False)
     _part: Buffers | None = field(default=None, init=False, repr=False)
+    _part_is_for: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
 
     @property
     def capacity(self) -> int:
@@ -92,23 +99,31 @@ class Buffers:
         finally:
             kept.append(buffers)
 
-    def first(self, elements: int) -> Buffers:
-        """Return views of the first ``elements`` elements."""
+    def first(self, elements: int, models: int = 1) -> Buffers:
+        """Return views of the first ``elements`` elements, for a merge of so many models."""
         if elements == self.capacity:
             return self
-        if self._part is None or self._part.capacity != elements:
-            self._part = Buffers(
-                self.mask_buffers.first(elements),
-                self.base[:elements],
-                self.delta[:elements],
-                self.mask[:elements],
-                self.sum[:elements],
-                self.magnitudes[:elements],
-                self.signed_weights[:elements],
-                self.weights[:elements],
-                self.scratch[:elements],
-            )
+        if self._part is None or self._part_is_for != (elements, models):
+            self._part, self._part_is_for = self._first(elements, models), (elements, models)
         return self._part
+
+    def _first(self, elements: int, models: int) -> Buffers:
+        part = Buffers(
+            self.mask_buffers.first(elements),
+            self.base[:elements],
+            self.delta[:elements],
+            self.mask[:elements],
+            self.sum[:elements],
+            self.magnitudes[:elements],
+            self.signed_weights[:elements],
+            self.weights[:elements],
+            self.scratch[:elements],
+        )
+        most = min(MOST_AT_ONCE, self.capacity) if self.base.device.type == "cpu" else 0
+        if models > 1 and models * words_of(elements) * LANES_PER_WORD <= most:
+            masks = self.mask[: models * elements].view(models, elements)
+            part.masks = masks, self.mask_buffers.first_of_models(elements, models)
+        return part
 
 
 _KEPT: dict[tuple[torch.device, torch.dtype], list[Buffers]] = {}

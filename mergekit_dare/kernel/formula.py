@@ -40,8 +40,9 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel.buffers import Buffers
-from mergekit_dare.kernel.masks import LANE_VALUES, keep_mask, uniform_lanes
+from mergekit_dare.kernel.masks import LANE_VALUES, keep_mask, keep_masks, uniform_lanes
 from mergekit_dare.kernel.rounding import round_stochastically
+from mergekit_dare.kernel.scalars import scalar
 
 
 class Combine(Enum):
@@ -139,8 +140,9 @@ def merge_chunk(
 
     """
     base = theta_0 if theta_0.dtype == b.dtype else b.base.copy_(theta_0)
+    masks = _masks_at_once(numbers, steps, b)
     for k, theta in enumerate(thetas):
-        m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b)
+        m, delta = sparsify(k, theta, theta_0, base, numbers, steps, b, masks)
         accumulate(k, m, delta, numbers, steps, b)
     merged = b.sum if steps.combine is Combine.LINEAR else _elected(b, steps, numbers.lambda_)
     result = _add(base, merged, out=out if out.dtype == b.dtype else b.delta)
@@ -154,6 +156,16 @@ def merge_chunk(
     return norm
 
 
+def _masks_at_once(numbers: Numbers, steps: Steps, b: Buffers) -> Tensor | None:
+    """Return every m_k if they are small, no model keeps all, and no delta plays a part."""
+    states, ts = numbers.states, numbers.thresholds
+    if b.masks is None or isinstance(states, Tensor) or isinstance(ts, Tensor):
+        return None
+    if steps.by_magnitude or max(ts) >= LANE_VALUES:
+        return None
+    return keep_masks(states[: len(ts)], ts, *b.masks)
+
+
 def sparsify(
     k: int,
     theta: Tensor,
@@ -162,23 +174,29 @@ def sparsify(
     numbers: Numbers,
     steps: Steps,
     b: Buffers,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return m_k in ``b.mask``, and in ``b.delta`` delta_k, by magnitude also divided by pi_k."""
+    """Return m_k, of ``masks`` or else in ``b.mask``, and in ``b.delta`` delta_k.
+
+    By magnitude, it is also divided by pi_k.
+    """
     delta = _delta(theta, base, out=b.delta)
     if steps.equal_infinities:
         delta.masked_fill_(theta == theta_0, 0)
+    if masks is not None:
+        return masks[k], delta
     if not steps.by_magnitude:
         return keep_mask(numbers.states[k], numbers.thresholds[k], b.mask, b.mask_buffers), delta
     t = probability_by_magnitude(k, delta, numbers, out=b.scratch)
     m = uniform_lanes(numbers.states[k], b.mask, b.mask_buffers).lt_(t)
     if steps.rescale:
-        delta.div_(t.mul_(1 / LANE_VALUES))
+        delta.div_(t.mul_(scalar(1 / LANE_VALUES, b.dtype)))
     return m, delta
 
 
 def probability_by_magnitude(k: int, delta: Tensor, numbers: Numbers, *, out: Tensor) -> Tensor:
     """Return T_k = min(65536, ceil(c_k |delta_k|)) as floating-point numbers; at least 1."""
-    t = torch.abs(delta, out=out).mul_(numbers.scales[k]).ceil_()
+    t = torch.abs(delta, out=out).mul_(scalar(numbers.scales[k], delta.dtype)).ceil_()
     return t.clamp_(min=numbers.thresholds[k]).clamp_(max=LANE_VALUES)
 
 
@@ -189,7 +207,7 @@ def accumulate(
     ties, first = steps.combine is Combine.TIES, k == 0
     if ties and steps.normalize:
         _accumulate_weights(b, m, delta, numbers.weights[k], first=first)
-    x: Tensor = delta.mul_(numbers.factors[k])
+    x: Tensor = delta.mul_(scalar(numbers.factors[k], b.dtype))
     if ties:
         _accumulate_with_magnitudes(b, m, x, first=first)
     else:
@@ -223,15 +241,16 @@ def _accumulate_with_magnitudes(b: Buffers, m: Tensor, x: Tensor, *, first: bool
 
 def _accumulate_weights(b: Buffers, m: Tensor, delta: Tensor, weight: Any, *, first: bool) -> None:
     """Add w_k where the term is not 0: |w_k| with the sign of delta_k, and w_k without."""
-    signed = torch.sign(delta, out=b.scratch).mul_(abs(weight))
+    signed = torch.sign(delta, out=b.scratch).mul_(scalar(abs(weight), b.dtype))
     _accumulate(b.signed_weights, m, signed, first=first)
     sign_of_weight = (weight >= 0) * 2 - 1
-    _accumulate(b.weights, m, signed.abs_().mul_(sign_of_weight), first=first)
+    _accumulate(b.weights, m, signed.abs_().mul_(scalar(sign_of_weight, b.dtype)), first=first)
 
 
 def elected_sign(b: Buffers) -> Tensor:
     """Return s = sign(sum_k w_k hat_k) in ``b.mask``; 0 counts as +."""
-    return torch.ge(b.sum, 0, out=b.mask).mul_(2).sub_(1)
+    zero, one, two = (scalar(number, b.dtype) for number in (0, 1, 2))
+    return torch.ge(b.sum, zero, out=b.mask).mul_(two).sub_(one)
 
 
 def _elected(b: Buffers, steps: Steps, lambda_: float | Tensor) -> Tensor:
@@ -241,14 +260,14 @@ def _elected(b: Buffers, steps: Steps, lambda_: float | Tensor) -> Tensor:
     merged = b.sum.addcmul_(s, others_twice, value=0.5)
     if steps.normalize:
         merged.div_(elected_weights(b, s))
-    return merged.mul_(lambda_) if steps.scale else merged
+    return merged.mul_(scalar(lambda_, b.dtype)) if steps.scale else merged
 
 
 def elected_weights(b: Buffers, s: Tensor) -> Tensor:
     """Return the sum of the w_k of the terms of sign s, or 1 where it is 0."""
-    divisor = b.weights.addcmul_(s, b.signed_weights).mul_(0.5)
+    divisor = b.weights.addcmul_(s, b.signed_weights).mul_(scalar(0.5, b.dtype))
     # masked_fill_ would take seven times as long: torch is slow with bool tensors.
-    return divisor.add_(torch.eq(divisor, 0, out=b.scratch))
+    return divisor.add_(torch.eq(divisor, scalar(0, b.dtype), out=b.scratch))
 
 
 def _add(base: Tensor, merged: Tensor, *, out: Tensor) -> Tensor:
@@ -256,10 +275,9 @@ def _add(base: Tensor, merged: Tensor, *, out: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # with flags that let a C++ compiler take 0 - x for -x
         return torch.add(base, merged.masked_fill_(merged == 0, -0.0), out=out)
     # 0 - x is never -0.0, and -0.0 - 0.0 is -0.0. Filling takes 20 times as long as subtracting.
-    return torch.sub(base, torch.sub(_ZERO, merged, out=merged), out=out)
+    negative = torch.sub(scalar(0, merged.dtype), merged, out=merged)
+    return torch.sub(base, negative, out=out)
 
-
-_ZERO = torch.tensor(0.0, device="cpu")
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

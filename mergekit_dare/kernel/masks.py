@@ -18,7 +18,7 @@ A lower density keeps a subset of what a higher density keeps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,16 +149,21 @@ def _bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.view(torch.uint8).numpy(force=True))
 
 
+def words_of(elements: int) -> int:
+    """Return how many words have a lane for each element."""
+    return -(-elements // LANES_PER_WORD)
+
+
 @dataclass
 class MaskBuffers:
-    """Scratch space for the mask of some elements.
+    """Scratch space for the mask of some elements, or for those of several models.
 
     Attributes:
         elements: How many.
         steps: int64, shape (words,): (j + 1) * gamma, SplitMix64's state less its key.
-        words: int64, shape (words,).
-        lanes: int16, shape (elements,): the same memory as ``words``.
-        shifted: int64, shape (words,).
+        words: int64, shape (words,) or (models, words).
+        lanes: int16, shape (elements,) or (models, elements): the same memory as ``words``.
+        shifted: int64, shape of ``words``.
 
     """
 
@@ -171,7 +176,7 @@ class MaskBuffers:
     @classmethod
     def allocate(cls, elements: int, device: torch.device) -> MaskBuffers:
         """Allocate for up to ``elements`` elements on ``device``."""
-        count = -(-elements // LANES_PER_WORD)
+        count = words_of(elements)
         steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
         steps.mul_(_GAMMA_TENSOR)
         words = torch.empty_like(steps)
@@ -180,7 +185,7 @@ class MaskBuffers:
 
     def first(self, elements: int) -> MaskBuffers:
         """Return views of the part for the first ``elements`` elements."""
-        count = -(-elements // LANES_PER_WORD)
+        count = words_of(elements)
         return MaskBuffers(
             elements,
             self.steps[:count],
@@ -188,6 +193,14 @@ class MaskBuffers:
             self.lanes[:elements],
             self.shifted[:count],
         )
+
+    def first_of_models(self, elements: int, models: int) -> MaskBuffers:
+        """Return views of a part for the first ``elements`` elements of each of several models."""
+        count = words_of(elements)
+        words = self.words[: models * count].view(models, count)
+        lanes = words.view(torch.int16)[:, :elements]
+        shifted = self.shifted[: models * count].view(models, count)
+        return MaskBuffers(elements, self.steps[:count], words, lanes, shifted)
 
 
 def state_before(key: int, start: int) -> int:
@@ -205,7 +218,8 @@ def splitmix64(state: int | Tensor, buffers: MaskBuffers) -> Tensor:
     """Return outputs of SplitMix64, as many as ``buffers`` has words.
 
     Args:
-        state: The state before the first output, from :func:`state_before`.
+        state: The state before the first output, from :func:`state_before`; for several streams
+            shape (models, 1).
         buffers: Scratch space; overwritten.
 
     Returns:
@@ -244,6 +258,28 @@ def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBu
         return out.fill_(1)
     splitmix64(state, buffers)
     return out.copy_(buffers.lanes.lt_(_LANE_THRESHOLDS[t]))
+
+
+def keep_masks(
+    states: Sequence[int], thresholds: Sequence[int], out: Tensor, buffers: MaskBuffers
+) -> Tensor:
+    """Write the keep masks of several models into ``out``, with hardly more calls than one takes.
+
+    Args:
+        states: Of each model, as for :func:`keep_mask`.
+        thresholds: Of each model, below 65536.
+        out: On the CPU, shape (models, buffers.elements), any dtype.
+        buffers: Scratch space, from :meth:`MaskBuffers.first_of_models`; overwritten.
+
+    Returns:
+        ``out``.
+
+    """
+    splitmix64(torch.tensor(states, dtype=torch.int64, device="cpu").unsqueeze(1), buffers)
+    t = _LANE_THRESHOLDS[thresholds[0]]
+    if any(other != thresholds[0] for other in thresholds):
+        t = _LANE_THRESHOLDS[list(thresholds)].unsqueeze(1)
+    return out.copy_(buffers.lanes.lt_(t))
 
 
 def uniform_lanes(state: int | Tensor, out: Tensor, buffers: MaskBuffers) -> Tensor:

@@ -176,7 +176,7 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     _check_dtype("the base model", base, recipe)
     for model in models:
         _check_dtype(f"model {model.name}", model.tensor, recipe)
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
     with torch.inference_mode():
         job = plan(base, models, recipe)
         if not job.terms:
@@ -283,7 +283,7 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
             if norm is None:
                 out, theta_0, *thetas = chunk
                 with Buffers.lent(device, steps.dtype) as b:
-                    part = b.first(out.numel())
+                    part = b.first(out.numel(), len(thetas))
                     norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
             # A device is not waited for before the end.
             norms.append(float(norm) if on_cpu else norm)

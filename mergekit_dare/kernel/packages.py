@@ -60,7 +60,7 @@ class Case:
     def of(cls, vectors: Sequence[Tensor], steps: Steps) -> Case:
         """Return the case of theta_0 and each theta_k."""
         base, *models = (vector.dtype for vector in vectors)
-        if not steps.by_magnitude:  # else it is in the factors
+        if not (steps.by_magnitude or steps.rescale):  # it is in the factors
             steps = replace(steps, rescale=True)
         return cls(steps, base, tuple(models))
 
@@ -126,7 +126,7 @@ def _surroundings() -> dict[str, Any]:
     """Return what all packages of this process depend on."""
     digest = hashlib.blake2b(digest_size=12)
     here = Path(__file__).parent
-    for module in ("buffers", "building", "formula", "masks", "rounding"):
+    for module in ("buffers", "building", "formula", "masks", "rounding", "scalars"):
         digest.update((here / f"{module}.py").read_bytes())
     return {
         "torch": f"{torch.__version__} {torch.version.git_version}",

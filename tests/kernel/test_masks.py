@@ -15,6 +15,7 @@ from torch import Tensor
 from mergekit_dare.kernel.masks import (
     MaskBuffers,
     keep_mask,
+    keep_masks,
     kept_lanes,
     mask_key,
     splitmix64,
@@ -62,6 +63,21 @@ def test_any_word_without_the_words_before_it(key: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1021])
 def test_equals_the_plain_python_mask(density: float, count: int) -> None:
     assert mask_of(99, density, count).bool().tolist() == reference.keep_mask(99, density, count)
+
+
+@pytest.mark.parametrize("densities", [[0.3, 0.3], [0.001, 0.999, 0.5]], ids=["same", "different"])
+@pytest.mark.parametrize("count", [1, 3, 4, 1021])
+def test_masks_at_once_equal_those_one_by_one(densities: list[float], count: int) -> None:
+    models = len(densities)
+    keys = range(99, 99 + models)
+    together = keep_masks(
+        [state_before(key, 0) for key in keys],
+        [threshold(density) for density in densities],
+        torch.full((models, count), 7.0),
+        MaskBuffers.allocate(4 * 1024, CPU).first_of_models(count, models),
+    )
+    one_by_one = zip(keys, densities, strict=True)
+    assert torch.equal(together, torch.stack([mask_of(k, d, count) for k, d in one_by_one]))
 
 
 @pytest.mark.parametrize("t", [1, 2, 3, 255, 32767, 32768, 32769, 40_000, 65535, 65536])

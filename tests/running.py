@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pytest
+import torch
 import yaml
 from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
 from torch import Tensor
@@ -19,6 +22,10 @@ from tests import zoo
 Config = dict[str, Any]
 SCRIPTS = Path(sys.executable).parent
 PROJECT = Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or " " in torch.__file__,
+    reason="there is no g++, or torch's compiler does not bear the space in torch's path",
+)
 
 
 def dare(

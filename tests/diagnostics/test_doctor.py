@@ -83,6 +83,8 @@ def script(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("kind", ["trampoline", "shim", "exec of another", "pipx"])
 def test_scripts_that_start_python_in_other_ways(kind: str, tmp_path: Path, ask: Ask) -> None:
     """As pip writes them where a path has a space, as pyenv does, and as people do."""
+    if kind == "pipx" and " " in sys.executable:
+        pytest.skip("no system takes a first line with this path")
     body = (SCRIPTS / "mergekit-yaml").read_text().split("\n", 1)[1]
     link = tmp_path / "with a space" / "python"
     link.parent.mkdir()

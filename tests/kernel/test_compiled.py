@@ -45,13 +45,12 @@ from tests.kernel.test_merging import (
     peak_beside_output,
     recipe,
 )
-from tests.running import Config, dare, merge_yaml, run_command, write
+from tests.running import Config, dare, merge_yaml, needs_compiler, run_command, write
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(compiled.why_not_here() != "", reason="not for this torch or system"),
 ]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 CHUNK = buffers.CPU_CHUNK
 LINEAR, TIES = Combine.LINEAR, Combine.TIES

@@ -26,7 +26,7 @@ from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.plugin.methods import DareMethod, dare_linear, dare_ties
 from tests.kernel.test_merging import assert_same_bits, family, models, randn, recipe
-from tests.running import Config, merge_yaml, run_command
+from tests.running import Config, merge_yaml, needs_compiler, run_command
 
 METHODS = pytest.mark.parametrize("method", [dare_linear, dare_ties], ids=["linear", "ties"])
 
@@ -264,6 +264,7 @@ def test_nothing_is_logged_when_all_is_well(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_a_merge_inside_compiled_code(tmp_path: Path) -> None:
     """torch.compile around a merge leaves the merge as it is, and torch works on after it."""

@@ -11,6 +11,7 @@ from the same masks: nothing but the inputs is stored in between.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +41,24 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     if _are_derivatives_asked_for(tensors):
         merged: Tensor = _Merge.apply(models, recipe, *tensors)  # type: ignore[no-untyped-call]
         return merged
-    return merging.merge(base, models, recipe)
+    with _outside_of_transforms():
+        return merging.merge(base, models, recipe)
 
 
-# Private in torch, without a public equal; where it is gone, nothing is taken for wrapped.
+# Private in torch, without a public equal; where it is gone, nothing is taken for wrapped, and no
+# transform for active.
 _functorch = getattr(torch._C, "_functorch", None)
 _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
+_active_transform = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+
+
+def _outside_of_transforms() -> AbstractContextManager[object]:
+    """Keep torch.func's transforms from wrapping what is made in this block: it is constant."""
+    if _active_transform() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 def _are_derivatives_asked_for(tensors: Sequence[Tensor]) -> bool:

@@ -1,5 +1,7 @@
 """Gradients through the very mask and signs of the forward pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -175,6 +177,36 @@ def test_functional_transforms() -> None:
     assert torch.equal(pushed, expected)
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(merge)(torch.stack([tuned, tuned]))
+
+
+TRANSFORMS: dict[str, Callable[..., Callable[..., torch.Tensor]]] = {
+    "grad": torch.func.grad,
+    "hessian": torch.func.hessian,
+    "vmap": lambda function: torch.func.vmap(function, in_dims=0),
+    "functionalize": torch.func.functionalize,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_merge_inside_a_transform_of_something_else(transform: str, combine: Combine) -> None:
+    """What is merged there is constant, and leaves nothing of the transform behind."""
+    base, tuned = family(3, 40)
+
+    def merge(weight: float) -> torch.Tensor:
+        return gradients.merge(base, models(tuned, weight, 0.5), recipe(combine))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (x.square() * merge(0.71)).sum()
+
+    transformed = TRANSFORMS[transform](loss)(torch.ones(40))
+    expected = {
+        "grad": 2 * merge(0.71),
+        "hessian": torch.diag(2 * merge(0.71)),
+        "vmap": torch.ones(40) * merge(0.71).sum(),
+        "functionalize": merge(0.71).sum(),
+    }[transform]
+    torch.testing.assert_close(transformed, expected)
 
 
 def test_negative_views() -> None:

@@ -116,8 +116,8 @@ class RangeWatch:
         """Return one sentence for each model that left the range, and forget all."""
         with self._lock:
             sentences = [
-                f"model {name}: {problem}, most of all in tensor {seen.worst_tensor}; "
-                "look at it with: mergekit-dare inspect CONFIG"
+                f"model {name}: {problem}{_where(seen)}; look at it with: "
+                "mergekit-dare inspect CONFIG"
                 for name, seen in self._seen.items()
                 if (problem := _problem(seen)) is not None
             ]
@@ -149,6 +149,11 @@ def _problem(seen: Seen) -> str | None:
     else:
         return None
     return f"{what}, too large for DARE, or it has another base (arXiv 2311.03099, section 4.5)"
+
+
+def _where(seen: Seen) -> str:
+    """Name the worst tensor; those of mergekit's functions for Python may have no name."""
+    return f", most of all in tensor {seen.worst_tensor}" if seen.worst_tensor else ""
 
 
 WATCH = RangeWatch()

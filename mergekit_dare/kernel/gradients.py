@@ -52,9 +52,14 @@ _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda tensor: 
 _active_transform = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 
 
+def is_transformed() -> bool:
+    """Tell whether one of torch.func's transforms is active, so that tensors may be wrapped."""
+    return _active_transform() is not None
+
+
 def _outside_of_transforms() -> AbstractContextManager[object]:
     """Keep torch.func's transforms from wrapping what is made in this block: it is constant."""
-    if _active_transform() is None:
+    if not is_transformed():
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 

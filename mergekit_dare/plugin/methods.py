@@ -45,7 +45,10 @@ _OBSERVERS: list[Observer] = []
 
 
 def observe(look: Observer) -> None:
-    """Call ``look`` after each merge of a tensor; a second time it is not added."""
+    """Call ``look`` after each merge of a tensor, but in torch.func's transforms.
+
+    A second time it is not added.
+    """
     if look not in _OBSERVERS:
         _OBSERVERS.append(look)
 
@@ -202,8 +205,9 @@ class DareMethod(GroupMergeMethod):
             rounding=Rounding(parameters["rounding"]),
         )
         merged = gradients.merge(group.base.tensor, models, recipe)
-        for look in _OBSERVERS:
-            look(group.base.tensor, models, recipe.tensor_name)
+        if not gradients.is_transformed():  # such tensors have no values that can be read
+            for look in _OBSERVERS:
+                look(group.base.tensor, models, recipe.tensor_name)
         return merged
 
 

@@ -54,6 +54,9 @@ def test_one_sentence_for_each_model_that_leaves_the_range() -> None:
     assert float(share[1]) == pytest.approx((2 * expected[0] + expected[1]) / 3, rel=0.1)
     assert other.startswith("model other base: the norm of its deltas is 141% of the base's, too")
     assert watch.warnings() == []
+    watch.look(base(), models[1:2], "")  # as of mergekit's functions for Python
+    (sentence,) = watch.warnings()
+    assert "section 4.5); look at it" in sentence
 
 
 @pytest.mark.parametrize(

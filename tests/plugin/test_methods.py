@@ -22,6 +22,7 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_dare import __version__
+from mergekit_dare.diagnostics.range_watch import LARGE_TENSOR
 from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.plugin.methods import DareMethod, dare_linear, dare_ties
@@ -262,6 +263,22 @@ def test_nothing_is_logged_when_all_is_well(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         merge(dare_ties, base, tuned, density=0.5)
     assert not caplog.records
+
+
+def test_a_merge_inside_a_transform() -> None:
+    """With tensors so large that they are looked at: there, that is left out."""
+    base = randn(0, LARGE_TENSOR)
+    tuned = base + 0.001 * randn(1, LARGE_TENSOR)
+
+    def loss(theta: Tensor) -> Tensor:
+        parameters = {"weight": [0.5], "density": 0.5, "seed": 1}
+        merged = merge_tensors([base, theta], "dare_ties", parameters=parameters, base_index=0)
+        return merged.square().sum()
+
+    leaf = tuned.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(tuned), expected)
+    assert torch.equal(torch.func.vjp(loss, tuned)[1](torch.tensor(1.0))[0], expected)
 
 
 @needs_compiler

@@ -69,7 +69,7 @@ class Recipe:
 
     Attributes:
         combine: DARE-linear or DARE-TIES.
-        tensor_name: The output tensor's name, for error messages only.
+        tensor_name: The output tensor's name, for error messages only; may be empty.
         seed: Any integer: a part of the masks' keys.
         normalize: Divide by the sum of the weights.
         rescale: Divide the kept deltas by their probability.
@@ -88,6 +88,11 @@ class Recipe:
     lambda_: float = 1.0
     sampling: Sampling = Sampling.UNIFORM
     rounding: Rounding = Rounding.NEAREST
+
+    @property
+    def tensor(self) -> str:
+        """Return what error messages call the tensor."""
+        return f"tensor {self.tensor_name}".rstrip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +341,7 @@ def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
     """Raise ValueError for a dtype that no merge can take."""
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
-            f"tensor {recipe.tensor_name} of {name} has dtype {dtype_name(tensor.dtype)}; DARE "
+            f"{recipe.tensor} of {name} has dtype {dtype_name(tensor.dtype)}; DARE "
             f"takes {', '.join(map(dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
             "are codes, which cannot be merged; dequantize it first"
         )
@@ -354,7 +359,7 @@ def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
         if bad:
             at_fault = "the base model" if bad_in_base == bad else f"model {term.model.name}"
             raise ValueError(
-                f"tensor {recipe.tensor_name} of {at_fault} gives {bad} of {theta_0.numel()} "
+                f"{recipe.tensor} of {at_fault} gives {bad} of {theta_0.numel()} "
                 f"deltas that are NaN or infinite (model {term.model.name} minus the base "
                 "model); the file is damaged, or the model diverged"
             )
@@ -370,7 +375,7 @@ def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
         limit = torch.finfo(out.dtype).max
         wider = ", or set a wider dtype, such as bfloat16" if out.dtype == torch.float16 else ""
         raise ValueError(
-            f"merged tensor {recipe.tensor_name} overflows {dtype_name(out.dtype)} (largest "
+            f"merged {recipe.tensor} overflows {dtype_name(out.dtype)} (largest "
             f"{limit:g}) in {overflows} of {out.numel()} elements; lower weight or lambda, or "
             f"raise density{wider}"
         )

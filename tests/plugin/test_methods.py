@@ -265,6 +265,18 @@ def test_nothing_is_logged_when_all_is_well(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
 
 
+def test_errors_of_tensors_without_a_name() -> None:
+    base, (tuned,) = family(1, 40)
+    parameters = {"weight": [0.5], "density": 0.25}
+    for inputs, start in (
+        ([base.int(), tuned.int()], "tensor of the base model has dtype int32"),
+        ([base, tuned / 0], "tensor of model 1 gives 40 of 40 deltas"),
+        ([base.half(), base.half() + 6e4], "merged tensor overflows float16"),
+    ):
+        with pytest.raises(ValueError, match=f"^{start}"):
+            merge_tensors(inputs, "dare_linear", parameters=parameters, base_index=0)
+
+
 def test_a_merge_inside_a_transform() -> None:
     """With tensors so large that they are looked at: there, that is left out."""
     base = randn(0, LARGE_TENSOR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["MERGEKIT_DARE_COMPILE"] = "0"  # whatever this user has compiled
 
 from tests import zoo
+
+# A shell starts what a script runs in the background so that Ctrl-C is ignored, which all that a
+# test starts would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

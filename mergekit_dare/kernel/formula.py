@@ -196,7 +196,7 @@ def sparsify(
 
 def probability_by_magnitude(k: int, delta: Tensor, numbers: Numbers, *, out: Tensor) -> Tensor:
     """Return T_k = min(65536, ceil(c_k |delta_k|)) as floating-point numbers; at least 1."""
-    t = torch.abs(delta, out=out).mul_(scalar(numbers.scales[k], delta.dtype)).ceil_()
+    t = torch.abs(delta, out=out).mul_(numbers.scales[k]).ceil_()
     return t.clamp_(min=numbers.thresholds[k]).clamp_(max=LANE_VALUES)
 
 

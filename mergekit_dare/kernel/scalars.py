@@ -15,12 +15,18 @@ _MOST_KEPT = 1024
 
 
 def scalar(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Return a number for use with a tensor of a dtype, anything that is one already as it is."""
+    """Return a number for use with tensors of a dtype; a tensor is returned as it is.
+
+    The sign of -0.0 is lost.
+    """
     if isinstance(number, Tensor) or torch.compiler.is_compiling():
         return number
+    number = number or 0.0  # -0.0 has the same key, and would be found in place of 0.0
     made = _MADE.get((number, dtype))
     if made is None:
         made = torch.tensor(number, dtype=dtype, device="cpu")
-        if type(made) is Tensor and len(_MADE) < _MOST_KEPT:  # else it is none of real numbers
+        if type(made) is Tensor:  # else it is none of real numbers, as in a FakeTensorMode
+            if len(_MADE) >= _MOST_KEPT:
+                _MADE.clear()
             _MADE[number, dtype] = made
     return made

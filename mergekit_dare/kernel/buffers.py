@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel.masks import LANES_PER_WORD, MaskBuffers, words_of
+from mergekit_dare.kernel.threads import TORCHS_LEAST
 
 # Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
 # between them; a larger one does not stay in a cache. An accelerator needs enough elements to be
 # busy. Buffers take 10 MB on a CPU, in each thread that works on a chunk; 170 MB on an accelerator.
 CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 18, 1 << 22
-# Elements times models up to which all masks are made at once: with fewer, calls of torch are what
-# takes the time; with more, torch would split them among its threads.
-MOST_AT_ONCE = 1 << 15
 
 
 def chunk_size(device: torch.device) -> int:
@@ -119,7 +117,8 @@ class Buffers:
             self.weights[:elements],
             self.scratch[:elements],
         )
-        most = min(MOST_AT_ONCE, self.capacity) if self.base.device.type == "cpu" else 0
+        # With so few, calls of torch are what takes the time; more it would split among threads.
+        most = min(TORCHS_LEAST, self.capacity) if self.base.device.type == "cpu" else 0
         if models > 1 and models * words_of(elements) * LANES_PER_WORD <= most:
             masks = self.mask[: models * elements].view(models, elements)
             part.masks = masks, self.mask_buffers.first_of_models(elements, models)

@@ -41,8 +41,6 @@ _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
 # Elements times models for which another thread is started, to merge them or to make their keys:
 # that takes up to a quarter of a millisecond, and keys wait for the memory more than for a core.
 LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 25
-# Elements up to which torch does not split an operation among threads.
-TORCHS_LEAST = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +300,7 @@ def _merge_chunks(out: Tensor, job: Job) -> float:
 
 def _most_threads(device: torch.device, elements: int, models: int, least: int) -> int:
     """Return at most how many threads pay; 0 where torch takes but one by itself, or a device."""
-    if device.type != "cpu" or elements <= TORCHS_LEAST:
+    if device.type != "cpu" or elements <= threads.TORCHS_LEAST:
         return 0
     return max(1, elements * models // least)
 

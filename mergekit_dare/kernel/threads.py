@@ -27,6 +27,8 @@ R = TypeVar("R")
 # Each has buffers of its own: 60 MB in all. And with more, the interpreter's lock, which each call
 # of torch takes for a moment, would become what all wait for.
 MOST = 6
+# Elements up to which torch does not split an operation among threads.
+TORCHS_LEAST = 1 << 15
 
 
 def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST) -> list[R]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel.masks import LANES_PER_WORD, MaskBuffers, words_of
+from mergekit_dare.kernel.rounding import bits_of
 from mergekit_dare.kernel.threads import TORCHS_LEAST
 
 # Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
@@ -46,20 +47,24 @@ def chunks(size: int, *vectors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...
 class Buffers:
     """All the memory that a merge needs beside its inputs and its output.
 
-    Every tensor has the shape (capacity,) and the dtype of the arithmetic, but for ``masks``:
-    several models' masks, shape (models, capacity), in the memory of the one, and the scratch
-    space for them; None where they would be too large.
+    Every tensor has the shape (capacity,) and the dtype of the arithmetic, but for
+
+    * ``delta_bits`` and ``scratch_bits``: the integers of the bits of ``delta`` and ``scratch``;
+    * ``masks``: several models' masks, shape (models, capacity), in the memory of the one, and the
+      scratch space for them; None where they would be too large.
     """
 
     mask_buffers: MaskBuffers
     base: Tensor
     delta: Tensor
+    delta_bits: Tensor
     mask: Tensor
     sum: Tensor
     magnitudes: Tensor
     signed_weights: Tensor
     weights: Tensor
     scratch: Tensor
+    scratch_bits: Tensor
     masks: tuple[Tensor, MaskBuffers] | None = field(default=None, init=False)
     _part: Buffers | None = field(default=None, init=False, repr=False)
     _part_is_for: tuple[int, int] = field(default=(0, 0), init=False, repr=False)
@@ -77,20 +82,25 @@ class Buffers:
     @classmethod
     def allocate(cls, elements: int, device: torch.device, dtype: torch.dtype) -> Buffers:
         """Allocate for up to ``elements`` elements on ``device``."""
-        tensors = [torch.empty(elements, dtype=dtype, device=device) for _ in range(8)]
-        return cls(MaskBuffers.allocate(elements, device), *tensors)
+        masks = MaskBuffers.allocate(elements, device)
+        base, delta, mask, sum_, magnitudes, signed_weights, weights, scratch = (
+            torch.empty(elements, dtype=dtype, device=device) for _ in range(8)
+        )
+        sums = (sum_, magnitudes, signed_weights, weights)
+        return cls(masks, base, delta, bits_of(delta), mask, *sums, scratch, bits_of(scratch))
 
     @classmethod
     @contextmanager
-    def lent(cls, device: torch.device, dtype: torch.dtype) -> Iterator[Buffers]:
-        """Lend buffers for a chunk to one borrower at a time; they are made once and then kept."""
-        kept = _KEPT.setdefault((device, dtype), [])
-        capacity = chunk_size(device)
+    def lent(cls, device: torch.device, dtype: torch.dtype, elements: int = 0) -> Iterator[Buffers]:
+        """Lend buffers to one borrower at a time; they are made once and then kept.
+
+        They are for as many elements as asked for, else for a chunk.
+        """
+        capacity = elements or chunk_size(device)
+        kept = _KEPT.setdefault((device, dtype, capacity), [])
         try:
             buffers = kept.pop()  # in one step, whichever thread asks
         except IndexError:
-            buffers = None
-        if buffers is None or buffers.capacity != capacity:
             buffers = cls.allocate(capacity, device, dtype)
         try:
             yield buffers
@@ -110,12 +120,14 @@ class Buffers:
             self.mask_buffers.first(elements),
             self.base[:elements],
             self.delta[:elements],
+            self.delta_bits[:elements],
             self.mask[:elements],
             self.sum[:elements],
             self.magnitudes[:elements],
             self.signed_weights[:elements],
             self.weights[:elements],
             self.scratch[:elements],
+            self.scratch_bits[:elements],
         )
         # With so few, calls of torch are what takes the time; more it would split among threads.
         most = min(TORCHS_LEAST, self.capacity) if self.base.device.type == "cpu" else 0
@@ -125,4 +137,4 @@ class Buffers:
         return part
 
 
-_KEPT: dict[tuple[torch.device, torch.dtype], list[Buffers]] = {}
+_KEPT: dict[tuple[torch.device, torch.dtype, int], list[Buffers]] = {}

@@ -21,10 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import building, formula, native, packages, threads
-from mergekit_dare.kernel.buffers import CPU_CHUNK, Buffers
+from mergekit_dare.kernel import building, guard, native, packages
+from mergekit_dare.kernel.buffers import CPU_CHUNK
 from mergekit_dare.kernel.formula import Numbers, Steps
+from mergekit_dare.kernel.guard import MergeChunk
 from mergekit_dare.kernel.masks import LANES_PER_WORD
+from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case, NoPackageError
 
 SWITCH = "MERGEKIT_DARE_COMPILE"
@@ -34,10 +36,6 @@ MOST_MODELS = 8
 # The oldest that this is tested with. The compiler of torch 2.4 makes the whole process flush
 # subnormal numbers to zero (PyTorch issue 135758).
 OLDEST_TORCH = (2, 13)
-
-# Merges a chunk of the result, theta_0 and each theta_k, and returns what formula.merge_chunk does,
-# as a number; None if it cannot.
-MergeChunk = Callable[[Sequence[Tensor], Numbers], float | None]
 
 LOG = logging.getLogger(__name__)
 
@@ -57,20 +55,8 @@ class _Package:
 
 
 # By the case, and whether the package was to be made if it was missing.
-_LOADED: dict[tuple[Case, bool], _Package] = {}
-_LOCK = threading.Lock()
+_LOADED: OncePerProcess[tuple[Case, bool], _Package] = OncePerProcess()
 _WARNED = threading.Event()  # one line in a process
-
-
-def _forget() -> None:
-    """Start anew in a forked child: another thread may have been at work, which is not there."""
-    global _LOCK
-    _LOCK = threading.Lock()
-    _LOADED.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
 
 
 def is_switched_on() -> bool:
@@ -138,7 +124,7 @@ def _package(
     if not building.takes(elements):
         return None
     make = is_worth_making(elements) and is_switched_on()
-    with _LOCK:
+    with _LOADED.lock:
         package = _LOADED.get((case, make))
         try:
             if package is None:
@@ -179,22 +165,13 @@ def _may_be_tried(case: Case, code: native.Code, chunk: Sequence[Tensor], number
         NoPackageError: it differs.
 
     """
-    theta_0, *thetas = chunk
-    out, expected = torch.empty_like(theta_0), torch.empty_like(theta_0)
-    with threads.single(), Buffers.lent(theta_0.device, case.steps.dtype) as b:
-        part = b.first(theta_0.numel())
-        norm = formula.merge_chunk(expected, theta_0, thetas, numbers, case.steps, part)
-    if not norm.isfinite():
-        return False
     # Loops over vectors have another end if there is a rest.
-    for elements in (theta_0.numel(), theta_0.numel() - 3 * LANES_PER_WORD):
-        if building.takes(elements):
-            code([vector[:elements] for vector in (out.zero_(), *chunk)], numbers)
-            if not torch.equal(*(v[:elements].view(torch.int8) for v in (out, expected))):
-                raise NoPackageError(
-                    "it gives other results here, which is an error of the compiler"
-                )
-    return True
+    elements = chunk[0].numel()
+    sizes = filter(building.takes, (elements, elements - 3 * LANES_PER_WORD))
+    same = guard.gives_the_same(code, chunk, numbers, case.steps, sizes)
+    if same is False:
+        raise NoPackageError("it gives other results here, which is an error of the compiler")
+    return same is not None
 
 
 def _merge_chunk(package: _Package, chunk: Sequence[Tensor], numbers: Numbers) -> float | None:

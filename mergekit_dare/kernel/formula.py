@@ -41,7 +41,7 @@ from torch import Tensor
 
 from mergekit_dare.kernel.buffers import Buffers
 from mergekit_dare.kernel.masks import LANE_VALUES, keep_mask, keep_masks, uniform_lanes
-from mergekit_dare.kernel.rounding import round_stochastically
+from mergekit_dare.kernel.rounding import RoundingBuffers, round_stochastically
 from mergekit_dare.kernel.scalars import scalar
 
 
@@ -150,7 +150,8 @@ def merge_chunk(
     norm: Tensor = torch.linalg.vector_norm(result)
     if steps.stochastic:
         lanes = uniform_lanes(numbers.states[len(thetas)], b.mask, b.mask_buffers)
-        round_stochastically(result, lanes, out, infinities=steps.equal_infinities)
+        views = RoundingBuffers(b.delta_bits, b.scratch, b.scratch_bits)
+        round_stochastically(result, lanes, out, views, infinities=steps.equal_infinities)
     elif result is not out:
         out.copy_(result)
     return norm

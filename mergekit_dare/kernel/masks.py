@@ -80,6 +80,11 @@ def threshold(density: float) -> int:
     return min(LANE_VALUES, max(1, round(density * LANE_VALUES)))
 
 
+def largest_lane(t: int) -> int:
+    """Return the largest lane that T, from 1 to 65536, keeps."""
+    return t - 1 - (LANE_VALUES >> 1)
+
+
 def mask_key(seed: int, tensor: Tensor) -> int:
     """Return the 64-bit key of a fine-tuned tensor's mask.
 
@@ -244,7 +249,8 @@ def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBu
 
     Args:
         state: Where the elements are in which mask, from :func:`state_before`.
-        t: The density in units of 1 / 65536, from :func:`threshold`.
+        t: The density in units of 1 / 65536, from :func:`threshold`; or the :func:`largest_lane`
+            that it keeps as a tensor of int16, for a recording of any density.
         out: Shape (buffers.elements,), any dtype: becomes 1 where an element is kept, else 0.
         buffers: Scratch space; overwritten.
 
@@ -254,9 +260,11 @@ def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBu
     """
     if torch.compiler.is_compiling() and isinstance(t, Tensor):
         return out.copy_(kept_lanes(splitmix64(state, buffers), t))
-    if t >= LANE_VALUES:
+    if not isinstance(t, Tensor) and t >= LANE_VALUES:
         return out.fill_(1)
     splitmix64(state, buffers)
+    if isinstance(t, Tensor):
+        return out.copy_(buffers.lanes.le_(t))
     return out.copy_(buffers.lanes.lt_(_LANE_THRESHOLDS[t]))
 
 

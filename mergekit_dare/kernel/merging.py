@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import compiled, threads
+from mergekit_dare.kernel import compiled, recorded, threads
 from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
 from mergekit_dare.kernel.formula import (
     SUPPORTED_DTYPES,
@@ -272,17 +272,19 @@ def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
 def _merge_chunks(out: Tensor, job: Job) -> float:
     """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
 
-    The bound is the largest chunk's L2 norm. Chunks are merged by compiled code, if there is any.
+    The bound is the largest chunk's L2 norm, or more. Chunks are merged by compiled code, if there
+    is any, else by a recording, if it pays.
     """
     device, steps = out.device, job.steps
     on_cpu = device.type == "cpu"
-    merge_compiled = compiled.merge_function(job.vectors, steps, job.numbers)
+    merge_fast = compiled.merge_function(job.vectors, steps, job.numbers)
+    merge_fast = merge_fast or recorded.merge_function(job.vectors, steps, job.numbers)
 
     def merge_all(pieces: Iterator[Piece]) -> list[float]:
         norms: list[float | Tensor] = []
         for first, chunk in pieces:
             numbers = job.numbers(first)
-            norm: float | Tensor | None = merge_compiled and merge_compiled(chunk, numbers)
+            norm: float | Tensor | None = merge_fast and merge_fast(chunk, numbers)
             if norm is None:
                 out, theta_0, *thetas = chunk
                 with Buffers.lent(device, steps.dtype) as b:

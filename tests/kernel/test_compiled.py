@@ -31,12 +31,11 @@ from mergekit_dare.kernel import (
     packages,
     threads,
 )
-from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
+from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case, NoPackageError
-from mergekit_dare.kernel.rounding import Rounding
-from mergekit_dare.kernel.sampling import Sampling
 from tests import zoo
+from tests.kernel.cases import CASES, LINEAR, TIES, entries_of
 from tests.kernel.test_merging import (
     assert_same_bits,
     bits,
@@ -53,40 +52,6 @@ pytestmark = [
 ]
 
 CHUNK = buffers.CPU_CHUNK
-LINEAR, TIES = Combine.LINEAR, Combine.TIES
-NORMALIZED: dict[str, Any] = {"normalize": True, "lambda_": -0.7}
-DRAWN: dict[str, Any] = {"sampling": Sampling.MAGNITUDE, "rounding": Rounding.STOCHASTIC}
-# Of theta_0, of each theta_k, and what is done: what has packages in these tests.
-CASES: dict[str, tuple[torch.dtype, list[torch.dtype], Recipe]] = {
-    "linear": (torch.bfloat16, [torch.bfloat16] * 4, recipe(LINEAR)),
-    "ties": (torch.bfloat16, [torch.bfloat16] * 2, recipe(TIES)),
-    "normalized": (torch.bfloat16, [torch.bfloat16] * 4, recipe(TIES, **NORMALIZED)),
-    "float16": (torch.float16, [torch.float16] * 4, recipe(LINEAR, **DRAWN)),
-    "float32": (torch.float32, [torch.float32] * 4, recipe(TIES)),
-    "float64": (torch.float64, [torch.float64] * 4, recipe(TIES, **NORMALIZED)),
-    "mixed": (torch.float16, [torch.bfloat16, torch.float32], recipe(TIES)),
-    "drawn": (
-        torch.bfloat16,
-        [torch.bfloat16] * 3,
-        recipe(TIES, **DRAWN, normalize=True, rescale=False),
-    ),
-}
-
-
-def entries_of(name: str, elements: int) -> tuple[Tensor, list[FineTuned], Recipe]:
-    """Tensors with zeros of both signs, subnormals, equal weights, all and nothing dropped."""
-    dtype, dtypes, settings = CASES[name]
-    base, tuned = family(len(dtypes), elements, dtype=dtype)
-    base[::97] = -0.0
-    base[1::97] = 0.0
-    tiny = torch.finfo(dtype).smallest_normal
-    base[2:2000:7] = torch.linspace(-tiny, tiny, len(base[2:2000:7]), dtype=dtype)
-    tuned[1][2:2000:7] = base[2:2000:7].flip(0)
-    tuned[1][3::5] = (2 * base.double() - tuned[0].double()).to(dtype)[3::5]  # election ties
-    tuned = [theta.to(own) for theta, own in zip(tuned, dtypes, strict=True)]
-    count = len(tuned)
-    weights, densities = [0.5, 0.5, 0.3, -0.4][:count], [0.5, 0.5, 1.0, 1e-9][:count]
-    return base, models(tuned, weights, densities), settings
 
 
 def case_of(name: str) -> Case:
@@ -114,7 +79,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A process that has loaded nothing yet, and an empty cache."""
     monkeypatch.setenv(packages.FOLDER, str(tmp_path / "cache"))
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    monkeypatch.setattr(compiled, "_LOADED", {})
+    monkeypatch.setattr(compiled, "_LOADED", OncePerProcess())
     compiled._WARNED.clear()
     yield tmp_path / "cache"
     compiled._WARNED.clear()

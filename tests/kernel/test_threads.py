@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_dare.kernel import buffers, merging, threads
+from mergekit_dare.kernel import buffers, merging, recorded, threads
 from mergekit_dare.kernel.formula import Combine
 from tests.kernel.test_merging import assert_same_bits, family, models, recipe
 
@@ -216,6 +217,7 @@ def test_after_a_fork(in_a_merge: bool) -> None:
             os._exit(7 if as_ever else 1)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+    torch.ones(1 << 22).add_(1)  # torch's own threads wait in the parent, and are not in the child
     expected = merged()
     if in_a_merge:
         with threads.single(), threads._LOCK:
@@ -224,16 +226,21 @@ def test_after_a_fork(in_a_merge: bool) -> None:
         assert code_of_child(3) == 7
 
 
-def test_memory_with_64_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_recordings", [False, True])
+def test_memory_with_64_threads(monkeypatch: pytest.MonkeyPatch, with_recordings: bool) -> None:
     monkeypatch.setattr(threads, "cores", lambda: 64)
-    kept: dict[tuple[torch.device, torch.dtype], list[buffers.Buffers]] = {}
+    kept: dict[tuple[torch.device, torch.dtype, int], list[buffers.Buffers]] = {}
     monkeypatch.setattr(buffers, "_KEPT", kept)
+    if not with_recordings:
+        monkeypatch.setattr(recorded, "merge_function", lambda *arguments: None)
     base, tuned = family(3, buffers.CPU_CHUNK * 20, dtype=torch.bfloat16)
     torch.set_num_threads(64)
     merging.merge(base, models(tuned, 0.5, 0.3), recipe(Combine.TIES, normalize=True))
     torch.set_num_threads(3)
-    (lent,) = kept.values()
-    tensors = [t for b in lent for t in (*vars(b).values(), *vars(b.mask_buffers).values())]
+    size = recorded.BLOCK if with_recordings else buffers.CPU_CHUNK
+    lent = kept[torch.device("cpu"), torch.float32, size]
+    every = itertools.chain.from_iterable(kept.values())
+    tensors = [t for b in every for t in (*vars(b).values(), *vars(b.mask_buffers).values())]
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors

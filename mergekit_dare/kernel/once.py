@@ -1,0 +1,31 @@
+"""What is made once in a process, by one thread at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class OncePerProcess(dict[K, V]):
+    """A dictionary with a lock; in a forked child it is empty.
+
+    Another thread may have been at work in it when the process forked, which is not in the child.
+
+    Attributes:
+        lock: Held by the thread that makes a value.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self.lock = threading.Lock()
+        self.clear()

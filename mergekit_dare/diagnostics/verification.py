@@ -30,6 +30,7 @@ from tqdm import tqdm
 import mergekit_dare
 from mergekit_dare.diagnostics import model_files, planning
 from mergekit_dare.diagnostics.document import Document, choose
+from mergekit_dare.diagnostics.files_check import is_local
 from mergekit_dare.diagnostics.findings import UnusableFileError
 from mergekit_dare.diagnostics.host import configuration
 from mergekit_dare.kernel.rounding import Rounding
@@ -228,6 +229,10 @@ def _check_method(document: Document, out: Path) -> None:
 
 
 def _plan(document: Document, options: MergeOptions) -> list[SaveTensor]:
+    for name in sorted(m.model.path for m in configuration(document).referenced_models()):
+        if is_local(name) and not Path(name).exists():
+            advice = "" if Path(name).is_absolute() else "; verify from the folder of the merge"
+            raise CannotTellError(f"there is no model {name}{advice}")
     try:
         return planning.plan_document(document, options)[1]
     except UnusableFileError as error:

@@ -183,7 +183,10 @@ def _record(kind: _Kind) -> _Recording:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit is deprecated
             block = torch.jit.trace(_merge_block(kind), example, check_trace=False)
-            recording.merge_block, recording.merge_blocks = block, torch.jit.script(_loop(block))
+            blocks = torch.jit.script(_loop(block))
+        if not isinstance(blocks, torch.jit.ScriptFunction):
+            raise RuntimeError("PYTORCH_JIT=0 switches torch.jit off")
+        recording.merge_block, recording.merge_blocks = block, blocks
     except Exception as error:  # whatever it is, the merge must go on
         recording.give_up(error)
     return recording

@@ -25,59 +25,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this section's options."""
     parser.add_argument("--models", type=int, default=3, help="number of fine-tuned models")
     parser.add_argument("--rounds", type=int, default=3, help="median of how many")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure fresh processes, with an empty cache and with that cache again."""
+    """Measure fresh processes: without compiled code, with an empty cache, and with it again."""
     if arguments.child:
-        print(json.dumps(_in_this_process(arguments.child, arguments.models)))
+        method, start = arguments.child
+        print(json.dumps(_in_this_process(method, start, arguments.models)))
         return
     starts: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in tqdm(range(arguments.rounds), file=sys.stderr):
         for method in ("dare_linear", "dare_ties"):
             with tempfile.TemporaryDirectory() as cache:
-                for start in ("made", "loaded"):
-                    figures = _in_a_fresh_process(method, arguments.models, cache)
+                for start in ("not used", "made", "loaded"):
+                    figures = _in_a_fresh_process(method, start, arguments.models, cache)
                     starts.setdefault((method, start), []).append(figures)
+    medians = {
+        of: {key: statistics.median(each[key] for each in measured) for key in measured[0]}
+        for of, measured in starts.items()
+    }
     rows: list[dict[str, Any]] = []
-    for (method, start), measured in starts.items():
-        seconds, plain, with_compiled = (
-            statistics.median(each[key] for each in measured)
-            for key in ("seconds", "plain", "compiled")
-        )
+    for (method, start), figures in medians.items():
+        plain = medians[method, "not used"]
         row: dict[str, Any] = {"method": method, "models": arguments.models, "dtype": DTYPE}
-        row |= {"package is": start, "seconds at first": seconds}
-        row |= {"ns": plain * 1e9, "compiled ns": with_compiled * 1e9}
-        row["pays from million elements x models"] = seconds / (plain - with_compiled) / 1e6
-        rows.append(row)
+        row |= {"compiled code is": start, "seconds at first": figures["at first"]}
+        row["ns"] = figures["later"] * 1e9
+        pays: float | str = ""
+        if start != "not used":
+            lost = max(0.0, figures["at first"] - plain["at first"])
+            pays = lost / (plain["later"] - figures["later"]) / 1e6
+        rows.append(row | {"pays from million elements x models": pays})
     show(rows, as_json=arguments.json)
 
 
-def _in_a_fresh_process(method: str, models: int, cache: str) -> dict[str, float]:
+def _in_a_fresh_process(method: str, start: str, models: int, cache: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks", "startup"]
-    command += ["--child", method, "--models", str(models)]
+    command += ["--child", method, start, "--models", str(models)]
     environment = os.environ | {packages.FOLDER: cache}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
-def _in_this_process(method: str, models: int) -> dict[str, float]:
+def _in_this_process(method: str, start: str, models: int) -> dict[str, float]:
     """Return the seconds that the first merge takes longer, and those for an element and model."""
     inputs = candidates.tensors(models, ELEMENTS, candidates.DTYPES[DTYPE], "cpu")
-    merge = candidates.merge(candidates.methods()[method], inputs)
-    plain = _seconds(candidates.merge_with("0", merge))
-    with_packages = candidates.merge_with("1", merge)
+    switch = "0" if start == "not used" else "1"
+    merge = candidates.merge_with(switch, candidates.merge(candidates.methods()[method], inputs))
     first = time.perf_counter()
-    with_packages()
+    merge()
     first = time.perf_counter() - first
-    if None in compiled._LOADED.values():
+    if any(package.code is None for package in compiled._LOADED.values()):
         raise RuntimeError("there is no compiled code here")
-    with_compiled = _seconds(with_packages)
-    scale = 1 / (ELEMENTS * models)
-    figures = {"plain": plain * scale, "compiled": with_compiled * scale}
-    return figures | {"seconds": first - with_compiled}
+    later = _seconds(merge)
+    return {"at first": first - later, "later": later / (ELEMENTS * models)}
 
 
 def _seconds(merge: candidates.Merge) -> float:
@@ -86,4 +88,4 @@ def _seconds(merge: candidates.Merge) -> float:
         start = time.perf_counter()
         merge()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times)

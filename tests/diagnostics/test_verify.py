@@ -197,8 +197,9 @@ def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str
     cut = shutil.copytree(out, tmp_path / "cut")
     file = cut / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    gone = tmp_path / "gone.yml"
+    gone, elsewhere = tmp_path / "gone.yml", tmp_path / "elsewhere.yml"
     gone.write_text(yaml.safe_dump(dare(tmp_path / "nowhere", seed=1)))
+    elsewhere.write_text(yaml.safe_dump(dare(Path("models/of/mine"), seed=1)))
     della = tmp_path / "della.yml"
     della.write_text(yaml.safe_dump(dare(llamas, "della")))
     return {
@@ -208,7 +209,16 @@ def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str
         "mergekit's own": (own, [], "mergekit's own dare_ties, which draws anew"),
         "a drawing method": (out, ["--config", str(della)], "mergekit's own della"),
         "a damaged output": (cut, [], f"{file} is cut off"),
-        "a model that is gone": (out, ["--config", str(gone)], "mergekit cannot plan this merge"),
+        "a model that is gone": (
+            out,
+            ["--config", str(gone)],
+            f"there is no model {tmp_path}/nowhere/a\n",
+        ),
+        "from another folder": (
+            out,
+            ["--config", str(elsewhere)],
+            "there is no model models/of/mine/a; verify from the folder of the merge",
+        ),
     }
 
 

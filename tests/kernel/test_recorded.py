@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from typing import Any
@@ -18,6 +19,7 @@ from mergekit_dare.kernel.merging import FineTuned, Recipe
 from mergekit_dare.kernel.once import OncePerProcess
 from tests.kernel.cases import CASES, LINEAR, TIES, entries_of
 from tests.kernel.test_merging import assert_same_bits, bits, family, models, recipe
+from tests.running import run_command
 
 BLOCK = 64
 
@@ -219,6 +221,20 @@ def test_without_torch_jit(
     assert used == []
     (message,) = caplog.messages
     assert message.startswith("merging without a recording, which takes longer: AttributeError")
+
+
+def test_where_torch_jit_is_switched_off() -> None:
+    """Then it gives functions back as they are, and Python would call torch for each block."""
+    program = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from mergekit_dare.kernel import merging, recorded
+from tests.kernel.cases import entries_of
+recorded.LEAST = 1
+merging.merge(*entries_of('linear', 3000))
+"""
+    said = run_command(sys.executable, "-c", program, PYTORCH_JIT="0").stderr
+    assert said.endswith("PYTORCH_JIT=0 switches torch.jit off\n")
 
 
 def test_another_result(

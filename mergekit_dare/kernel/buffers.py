@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -88,6 +88,19 @@ class Buffers:
         )
         sums = (sum_, magnitudes, signed_weights, weights)
         return cls(masks, base, delta, bits_of(delta), mask, *sums, scratch, bits_of(scratch))
+
+    def tensors(self) -> list[Tensor]:
+        """Return what :meth:`of_tensors` takes: all of them, but for ``masks``."""
+        m, sums = self.mask_buffers, (self.sum, self.magnitudes, self.signed_weights, self.weights)
+        of_delta, of_scratch = (self.delta, self.delta_bits), (self.scratch, self.scratch_bits)
+        of_masks = (m.steps, m.words, m.lanes, m.shifted)
+        return [*of_masks, self.base, *of_delta, self.mask, *sums, *of_scratch]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> Buffers:
+        """Return the buffers of which :meth:`tensors` are these."""
+        of_masks, base = tensors[:4], tensors[4]
+        return cls(MaskBuffers(base.numel(), *of_masks), *tensors[4:])
 
     @classmethod
     @contextmanager

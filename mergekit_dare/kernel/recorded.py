@@ -23,7 +23,7 @@ from mergekit_dare.kernel import guard, threads
 from mergekit_dare.kernel.buffers import Buffers
 from mergekit_dare.kernel.formula import Numbers, Steps, merge_chunk
 from mergekit_dare.kernel.guard import MergeChunk
-from mergekit_dare.kernel.masks import LANE_VALUES, MaskBuffers, largest_lane, state_before
+from mergekit_dare.kernel.masks import LANE_VALUES, largest_lane, state_before
 from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case
 
@@ -96,7 +96,7 @@ class _Recording:
         """Merge one block or a part of it, or several whole ones."""
         elements = vectors[0].numel()
         with Buffers.lent(_CPU, self.steps.dtype, BLOCK) as b:
-            inputs = (vectors, _scratch(b.first(elements)), *_inputs(numbers, self.steps))
+            inputs = (vectors, b.first(elements).tensors(), *_inputs(numbers, self.steps))
             if elements <= BLOCK:
                 return float(self.merge_block(*inputs))
             return float(self.merge_blocks(*inputs, BLOCK, state_before(0, BLOCK)))
@@ -165,31 +165,36 @@ def _prove(recording: _Recording, vectors: Sequence[Tensor], numbers: Numbers) -
     recording.is_proven = bool(same)
 
 
-@threads.single()  # a forked child has no other threads of torch, and would wait for them
 def _record(kind: _Kind) -> _Recording:
-    case, models = kind.case, len(kind.case.models)
-    dtypes = (case.base, case.base, *case.models)
-    vectors = [torch.zeros(BLOCK, dtype=dtype, device=_CPU) for dtype in dtypes]
-    scratch = _scratch(Buffers.allocate(BLOCK, _CPU, case.steps.dtype))
-    ones = [1.0] * models
-    numbers = Numbers([1] * (models + 1), [1] * models, ones, ones, ones, 1.0)
-    example = (vectors, scratch, *_inputs(numbers, case.steps))
-
-    def nothing(*inputs: Any) -> Tensor:
-        raise RuntimeError("it could not be made")
-
-    recording = _Recording(case.steps, nothing, nothing)
+    recording = _Recording(kind.case.steps, _nothing, _nothing)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated
-            block = torch.jit.trace(_merge_block(kind), example, check_trace=False)
-            blocks = torch.jit.script(_loop(block))
-        if not isinstance(blocks, torch.jit.ScriptFunction):
-            raise RuntimeError("PYTORCH_JIT=0 switches torch.jit off")
-        recording.merge_block, recording.merge_blocks = block, blocks
+        recording.merge_block, recording.merge_blocks = _functions(kind)
     except Exception as error:  # whatever it is, the merge must go on
         recording.give_up(error)
     return recording
+
+
+def _nothing(*inputs: Any) -> Tensor:
+    raise RuntimeError("there is no recording")
+
+
+@threads.single()  # a forked child has no other threads of torch, and would wait for them
+def _functions(kind: _Kind) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return merge_block and merge_blocks of a recording."""
+    case, models = kind.case, len(kind.case.models)
+    dtypes = (case.base, case.base, *case.models)
+    vectors = [torch.zeros(BLOCK, dtype=dtype, device=_CPU) for dtype in dtypes]
+    scratch = Buffers.allocate(BLOCK, _CPU, case.steps.dtype).tensors()
+    ones = [1.0] * models
+    numbers = Numbers([1] * (models + 1), [1] * models, ones, ones, ones, 1.0)
+    example = (vectors, scratch, *_inputs(numbers, case.steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        block = torch.jit.trace(_merge_block(kind), example, check_trace=False)
+        blocks = torch.jit.script(_loop(block))
+    if not isinstance(blocks, torch.jit.ScriptFunction):
+        raise RuntimeError("PYTORCH_JIT=0 switches torch.jit off")
+    return block, blocks
 
 
 def _merge_block(kind: _Kind) -> Callable[..., Tensor]:
@@ -210,8 +215,7 @@ def _merge_block(kind: _Kind) -> Callable[..., Tensor]:
         scales, factors, weights = (number[k * models : (k + 1) * models] for k in range(3))
         each_state: Any = states.unbind()
         numbers = Numbers(each_state, ts, scales, factors, weights, number[-1])
-        b = Buffers(MaskBuffers(theta_0.numel(), *scratch[:4]), *scratch[4:])
-        return merge_chunk(out, theta_0, thetas, numbers, steps, b)
+        return merge_chunk(out, theta_0, thetas, numbers, steps, Buffers.of_tensors(scratch))
 
     return merge_block
 
@@ -236,13 +240,6 @@ def _loop(merge_block: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.stack(norms).max()
 
     return merge_blocks
-
-
-def _scratch(b: Buffers) -> list[Tensor]:
-    m = b.mask_buffers
-    of_sums = [b.sum, b.magnitudes, b.signed_weights, b.weights]
-    of_delta = [b.base, b.delta, b.delta_bits, b.mask]
-    return [m.steps, m.words, m.lanes, m.shifted, *of_delta, *of_sums, b.scratch, b.scratch_bits]
 
 
 def _inputs(numbers: Numbers, steps: Steps) -> tuple[Tensor, Tensor, Tensor]:

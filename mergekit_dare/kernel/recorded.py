@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.kernel import guard, threads
-from mergekit_dare.kernel.buffers import Buffers
+from mergekit_dare.kernel.buffers import Buffers, chunk_size
 from mergekit_dare.kernel.formula import Numbers, Steps, merge_chunk
 from mergekit_dare.kernel.guard import MergeChunk
 from mergekit_dare.kernel.masks import LANE_VALUES, largest_lane, state_before
@@ -151,7 +151,7 @@ def merge_function(
 def _prove(recording: _Recording, vectors: Sequence[Tensor], numbers: Numbers) -> None:
     """Compare what comes out with what the formula gives, unless that is not finite."""
     # Thrice, since torch's interpreter looks for simplifications when it has seen an input.
-    size = min(3 * BLOCK - 5, vectors[0].numel())
+    size = min(3 * BLOCK - 5, vectors[0].numel(), chunk_size(_CPU))
     some = [vector[:size] for vector in vectors]
     try:
         same = guard.gives_the_same(

@@ -15,7 +15,8 @@ from mergekit_dare.kernel.threads import TORCHS_LEAST
 
 # Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
 # between them; a larger one does not stay in a cache. An accelerator needs enough elements to be
-# busy. Buffers take 10 MB on a CPU, in each thread that works on a chunk; 170 MB on an accelerator.
+# busy. Buffers take 10 MB on a CPU, in each thread that works on a chunk without a recording, and
+# 170 MB on an accelerator.
 CPU_CHUNK, ACCELERATOR_CHUNK = 1 << 18, 1 << 22
 
 

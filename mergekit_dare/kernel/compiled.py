@@ -26,8 +26,8 @@ from mergekit_dare.kernel.buffers import CPU_CHUNK
 from mergekit_dare.kernel.formula import Numbers, Steps
 from mergekit_dare.kernel.guard import MergeChunk
 from mergekit_dare.kernel.masks import LANES_PER_WORD
-from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case, NoPackageError
+from mergekit_dare.kernel.per_process import PerProcess
 
 SWITCH = "MERGEKIT_DARE_COMPILE"
 # Compiled code keeps but the masks of a chunk in memory, 2 bytes for each element and model.
@@ -55,7 +55,7 @@ class _Package:
 
 
 # By the case, and whether the package was to be made if it was missing.
-_LOADED: OncePerProcess[tuple[Case, bool], _Package] = OncePerProcess()
+_LOADED: PerProcess[tuple[Case, bool], _Package] = PerProcess()
 _WARNED = threading.Event()  # one line in a process
 
 
@@ -188,9 +188,7 @@ def _merge_chunk(package: _Package, chunk: Sequence[Tensor], numbers: Numbers) -
 
 def _give_up(package: _Package, error: Exception) -> None:
     """Merge without compiled code from now on; say why, if there is more to say than "missing"."""
-    reason = str(error)
-    if not isinstance(error, NoPackageError):
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    reason = str(error) if isinstance(error, NoPackageError) else guard.reason_of(error)
     if reason and not _WARNED.is_set():
         LOG.warning("merging without compiled code: %s", reason)
         _WARNED.set()

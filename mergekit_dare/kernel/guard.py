@@ -53,3 +53,8 @@ def gives_the_same(
             if not torch.equal(*(v[:elements].view(torch.int8) for v in (out, expected))):
                 return False
     return True
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, for the log."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

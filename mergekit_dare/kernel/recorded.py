@@ -24,8 +24,8 @@ from mergekit_dare.kernel.buffers import Buffers, chunk_size
 from mergekit_dare.kernel.formula import Numbers, Steps, merge_chunk
 from mergekit_dare.kernel.guard import MergeChunk
 from mergekit_dare.kernel.masks import LANE_VALUES, largest_lane, state_before
-from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case
+from mergekit_dare.kernel.per_process import PerProcess
 
 # Elements in a block, a multiple of 4; its buffers take 1.3 MB in each thread.
 BLOCK = 1 << 15
@@ -103,12 +103,13 @@ class _Recording:
 
     def give_up(self, error: Exception) -> None:
         """Let the formula run without it from now on."""
+        if not self.has_failed:  # of several reasons, the first is the one
+            reason = guard.reason_of(error)
+            LOG.info("merging without a recording, which takes longer: %s", reason)
         self.has_failed = True
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        LOG.info("merging without a recording, which takes longer: %s", reason)
 
 
-_RECORDINGS: OncePerProcess[_Kind, _Recording] = OncePerProcess()
+_RECORDINGS: PerProcess[_Kind, _Recording] = PerProcess()
 
 
 def suits(vectors: Sequence[Tensor], steps: Steps) -> bool:

@@ -21,11 +21,13 @@ from typing import Generic, TypeVar
 
 import torch
 
+from mergekit_dare.kernel.per_process import PerProcess
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Each has buffers of its own: 60 MB in all. And with more, the interpreter's lock, which each call
-# of torch takes for a moment, would become what all wait for.
+# Each has buffers of its own: 60 MB in all where there is no recording. And there, with more, the
+# interpreter's lock, which each call of torch takes for a moment, would become what all wait for.
 MOST = 6
 # Elements up to which torch does not split an operation among threads.
 TORCHS_LEAST = 1 << 15
@@ -58,7 +60,7 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
 
     def work() -> None:
         torch.get_num_threads()  # a thread's first call of torch would undo what is set before
-        with _LOCK:
+        with _BEFORE.lock:
             too_late = supply.has_ended  # after an error, or an interruption of who starts us
             if not too_late:
                 torch.set_num_threads(1)
@@ -170,7 +172,7 @@ def count() -> int:
 
     torch's number is what ``torch.set_num_threads``, mergekit's ``-j`` and OMP_NUM_THREADS set.
     """
-    with _LOCK:
+    with _BEFORE.lock:
         of_torch = _remembered()
     return max(1, min(of_torch, cores(), MOST))
 
@@ -222,19 +224,7 @@ def _quota_of(group: Path) -> float | None:
 # torch keeps its number of threads for each thread, but gives a new thread the last one that any
 # was set to. So what others start in the moment in which threads of ours start may get one, too.
 # Here is the number before, by the thread that has work done.
-_BEFORE: dict[int, int] = {}
-_LOCK = threading.Lock()
-
-
-def _forget() -> None:
-    """Start anew in a forked child: it has none of the other threads, one of which may lock."""
-    global _LOCK
-    _LOCK = threading.Lock()
-    _BEFORE.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+_BEFORE: PerProcess[int, int] = PerProcess()
 
 
 def _remembered() -> int:
@@ -243,7 +233,7 @@ def _remembered() -> int:
 
 
 def _remember_threads_of_torch() -> int:
-    with _LOCK:
+    with _BEFORE.lock:
         before = _BEFORE[threading.get_ident()] = _remembered()
     return before
 
@@ -251,7 +241,7 @@ def _remember_threads_of_torch() -> int:
 def _restore_threads_of_torch() -> None:
     """Set torch's number of threads back, unless that is done; can be interrupted and repeated."""
     this = threading.get_ident()
-    with _LOCK:
+    with _BEFORE.lock:
         if this in _BEFORE:
             torch.set_num_threads(_BEFORE[this])
             del _BEFORE[this]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,3 +50,28 @@ def entries_of(name: str, elements: int) -> tuple[Tensor, list[FineTuned], Recip
     count = len(tuned)
     weights, densities = [0.5, 0.5, 0.3, -0.4][:count], [0.5, 0.5, 1.0, 1e-9][:count]
     return base, models(tuned, weights, densities), settings
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    asked: Callable[[], None],
+    merged: Callable[[bool], None],
+) -> None:
+    """Tell when ``module.merge_function`` is asked, and whether what it returns merges a chunk."""
+    merge_function = module.merge_function
+
+    def watched(*arguments: Any) -> Any:
+        function = merge_function(*arguments)
+        asked()
+        if function is None:
+            return None
+
+        def merge_and_tell(*chunk: Any) -> float | None:
+            norm: float | None = function(*chunk)
+            merged(norm is not None)
+            return norm
+
+        return merge_and_tell
+
+    monkeypatch.setattr(module, "merge_function", watched)

@@ -32,10 +32,10 @@ from mergekit_dare.kernel import (
     threads,
 )
 from mergekit_dare.kernel.merging import FineTuned, Recipe
-from mergekit_dare.kernel.once import OncePerProcess
 from mergekit_dare.kernel.packages import Case, NoPackageError
+from mergekit_dare.kernel.per_process import PerProcess
 from tests import zoo
-from tests.kernel.cases import CASES, LINEAR, TIES, entries_of
+from tests.kernel.cases import CASES, LINEAR, TIES, entries_of, watch
 from tests.kernel.test_merging import (
     assert_same_bits,
     bits,
@@ -79,7 +79,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A process that has loaded nothing yet, and an empty cache."""
     monkeypatch.setenv(packages.FOLDER, str(tmp_path / "cache"))
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    monkeypatch.setattr(compiled, "_LOADED", OncePerProcess())
+    monkeypatch.setattr(compiled, "_LOADED", PerProcess())
     compiled._WARNED.clear()
     yield tmp_path / "cache"
     compiled._WARNED.clear()
@@ -96,22 +96,11 @@ def cache(made: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many chunks compiled code merged, of each tensor."""
     merged: list[int] = []
-    merge_function = compiled.merge_function
 
-    def count(*arguments: Any) -> Any:
-        function = merge_function(*arguments)
-        merged.append(0)
-        if function is None:
-            return None
+    def add(is_merged: bool) -> None:
+        merged[-1] += is_merged
 
-        def merge_and_count(*chunk: Any) -> float | None:
-            norm = function(*chunk)
-            merged[-1] += norm is not None
-            return norm
-
-        return merge_and_count
-
-    monkeypatch.setattr(compiled, "merge_function", count)
+    watch(monkeypatch, compiled, lambda: merged.append(0), add)
     return merged
 
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mergekit_dare.kernel import buffers, compiled, guard, merging, recorded, threads
 from mergekit_dare.kernel.formula import merge_chunk
 from mergekit_dare.kernel.merging import FineTuned, Recipe
-from mergekit_dare.kernel.once import OncePerProcess
-from tests.kernel.cases import CASES, LINEAR, TIES, entries_of
+from mergekit_dare.kernel.per_process import PerProcess
+from tests.kernel.cases import CASES, LINEAR, TIES, entries_of, watch
 from tests.kernel.test_merging import assert_same_bits, bits, family, models, recipe
 from tests.running import run_command
 
@@ -31,28 +31,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "BLOCK", BLOCK)
     monkeypatch.setattr(recorded, "LEAST", 1)
     monkeypatch.setattr(buffers, "CPU_CHUNK", 8 * BLOCK)
-    monkeypatch.setattr(recorded, "_RECORDINGS", OncePerProcess())
+    monkeypatch.setattr(recorded, "_RECORDINGS", PerProcess())
 
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each chunk that had a recording was merged by it, but for those of the proof."""
     answers: list[bool] = []
-    merge_function = recorded.merge_function
-
-    def watch(*arguments: Any) -> Any:
-        function = merge_function(*arguments)
-        if function is None:
-            return None
-
-        def merge_and_tell(*chunk: Any) -> float | None:
-            norm = function(*chunk)
-            answers.append(norm is not None)
-            return norm
-
-        return merge_and_tell
-
-    monkeypatch.setattr(recorded, "merge_function", watch)
+    watch(monkeypatch, recorded, lambda: None, answers.append)
     return answers
 
 
@@ -88,7 +74,7 @@ def test_large_blocks(monkeypatch: pytest.MonkeyPatch, used: list[bool]) -> None
     """As users have them."""
     monkeypatch.undo()
     monkeypatch.setenv(compiled.SWITCH, "0")
-    monkeypatch.setattr(recorded, "_RECORDINGS", OncePerProcess())
+    monkeypatch.setattr(recorded, "_RECORDINGS", PerProcess())
     for combine in (LINEAR, TIES):
         for elements in (recorded.LEAST - 1, recorded.LEAST, 2 * buffers.CPU_CHUNK + 31):
             base, tuned = family(3, elements, dtype=torch.bfloat16)
@@ -280,6 +266,24 @@ def test_an_error_in_the_middle(caplog: pytest.LogCaptureFixture, used: list[boo
     assert sorted(used) == [False] * (6 - 2) + [True] * 2
     assert_same_bits(merging.merge(base, entries, settings), plain)
     assert len(used) == 6
+    (message,) = caplog.messages
+    assert message.endswith("which takes longer: RuntimeError: no memory")
+
+
+def test_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, used: list[bool]
+) -> None:
+    """While the first result is compared: one line, with the reason."""
+
+    def fail(*arguments: Any) -> Tensor:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(recorded, "_functions", lambda kind: (fail, fail))
+    caplog.set_level("INFO")
+    base, entries, settings = entries_of("linear", 3000)
+    plain, merged = merge_both_ways(base, entries, settings)
+    assert_same_bits(merged, plain)
+    assert used == []
     (message,) = caplog.messages
     assert message.endswith("which takes longer: RuntimeError: no memory")
 

@@ -220,7 +220,7 @@ def test_after_a_fork(in_a_merge: bool) -> None:
     torch.ones(1 << 22).add_(1)  # torch's own threads wait in the parent, and are not in the child
     expected = merged()
     if in_a_merge:
-        with threads.single(), threads._LOCK:
+        with threads.single(), threads._BEFORE.lock:
             assert code_of_child(1) == 7
     else:
         assert code_of_child(3) == 7

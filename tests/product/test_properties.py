@@ -31,7 +31,7 @@ from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, 
 from mergekit_dare.kernel import buffers, merging, recorded
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold
-from mergekit_dare.kernel.once import OncePerProcess
+from mergekit_dare.kernel.per_process import PerProcess
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
 from tests import reference
@@ -194,7 +194,7 @@ def _small_chunks() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buffers, "CPU_CHUNK", 16)
         patch.setattr(recorded, "BLOCK", 8)
-        patch.setattr(recorded, "_RECORDINGS", OncePerProcess())
+        patch.setattr(recorded, "_RECORDINGS", PerProcess())
         yield
 
 

@@ -1,4 +1,4 @@
-"""What is made once in a process, by one thread at a time."""
+"""What one process keeps and its threads share, and a forked child begins anew."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class OncePerProcess(dict[K, V]):
-    """A dictionary with a lock; in a forked child it is empty.
+class PerProcess(dict[K, V]):
+    """A dictionary with a lock; in a forked child it is empty, and free.
 
     Another thread may have been at work in it when the process forked, which is not in the child.
 
     Attributes:
-        lock: Held by the thread that makes a value.
+        lock: Held by the thread that changes something.
 
     """
 

@@ -187,7 +187,9 @@ def sparsify(
     if masks is not None:
         return masks[k], delta
     if not steps.by_magnitude:
-        return keep_mask(numbers.states[k], numbers.thresholds[k], b.mask, b.mask_buffers), delta
+        state, t = numbers.states[k], numbers.thresholds[k]
+        narrow = torch.float16 if theta.dtype == torch.float16 else torch.bfloat16
+        return keep_mask(state, t, b.mask, b.mask_buffers, narrow), delta
     t = probability_by_magnitude(k, delta, numbers, out=b.scratch)
     m = uniform_lanes(numbers.states[k], b.mask, b.mask_buffers).lt_(t)
     if steps.rescale:

@@ -62,6 +62,8 @@ _LANE_THRESHOLDS = torch.arange(-(1 << 15), 1 << 15, device="cpu").to(torch.int1
 _EACH_LANE = 0x0001000100010001
 _EACH_LANE_TENSOR = _constant(_EACH_LANE)
 _TOP_BITS, _LOW_BITS = _signed(0x8000800080008000), 0x7FFF7FFF7FFF7FFF
+# 1.0 has the bits of 2**14 less 2 to the power of this.
+_FRACTION_BITS = {torch.bfloat16: 7, torch.float16: 10}
 
 
 def threshold(density: float) -> int:
@@ -244,7 +246,13 @@ def _xor_shift(z: Tensor, step: int, shifted: Tensor) -> Tensor:
     return z.bitwise_xor_(shifted.bitwise_and_(low_bits))
 
 
-def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBuffers) -> Tensor:
+def keep_mask(
+    state: int | Tensor,
+    t: int | Tensor,
+    out: Tensor,
+    buffers: MaskBuffers,
+    narrow: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """Write the keep mask of some elements of a tensor into ``out``.
 
     Args:
@@ -253,13 +261,14 @@ def keep_mask(state: int | Tensor, t: int | Tensor, out: Tensor, buffers: MaskBu
             that it keeps as a tensor of int16, for a recording of any density.
         out: Shape (buffers.elements,), any dtype: becomes 1 where an element is kept, else 0.
         buffers: Scratch space; overwritten.
+        narrow: For compiled code only, as :func:`kept_lanes` takes it.
 
     Returns:
         ``out``.
 
     """
     if torch.compiler.is_compiling() and isinstance(t, Tensor):
-        return out.copy_(kept_lanes(splitmix64(state, buffers), t))
+        return out.copy_(kept_lanes(splitmix64(state, buffers), t, narrow))
     if not isinstance(t, Tensor) and t >= LANE_VALUES:
         return out.fill_(1)
     splitmix64(state, buffers)
@@ -306,7 +315,7 @@ def uniform_lanes(state: int | Tensor, out: Tensor, buffers: MaskBuffers) -> Ten
     return out.copy_(buffers.lanes).add_(1 << 15)
 
 
-def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
+def kept_lanes(words: Tensor, t: Tensor, narrow: torch.dtype) -> Tensor:
     """Compare the four lanes of each word at once, without 16-bit operations.
 
     torch's compiler has no vectors of 16-bit integers; one by one, these operations on words would
@@ -315,9 +324,11 @@ def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
     Args:
         words: int64, shape (words,).
         t: int64, shape (): from 1 to 65536.
+        narrow: float16 for weights in float16, else bfloat16: where both are in one loop, compiled
+            code fills but half of its vectors, and takes twice as long.
 
     Returns:
-        bfloat16, shape (4 * words,): 1 where an element is kept, else 0.
+        ``narrow``, shape (4 * words,): 1 where an element is kept, else 0.
 
     """
     # A kept lane's unsigned value, which has the other top bit, is at most T - 1.
@@ -325,4 +336,4 @@ def kept_lanes(words: Tensor, t: Tensor) -> Tensor:
     low_bits_at_most = (largest | _TOP_BITS) - (words & _LOW_BITS)  # in the top bits
     kept = (largest & words) | ((largest ^ words) & low_bits_at_most)
     ones = (kept >> 15) & _EACH_LANE
-    return ((ones << 14) - (ones << 7)).view(torch.bfloat16)  # 0x3F80 is 1.0
+    return ((ones << 14) - (ones << _FRACTION_BITS[narrow])).view(narrow)  # 1.0

@@ -27,7 +27,11 @@ CASES: dict[str, tuple[torch.dtype, list[torch.dtype], Recipe]] = {
     "float16": (torch.float16, [torch.float16] * 4, recipe(LINEAR, **DRAWN)),
     "float32": (torch.float32, [torch.float32] * 4, recipe(TIES)),
     "float64": (torch.float64, [torch.float64] * 4, recipe(TIES, **NORMALIZED)),
-    "mixed": (torch.float16, [torch.bfloat16, torch.float32], recipe(TIES)),
+    "mixed": (
+        torch.float16,
+        [torch.float16, torch.bfloat16, torch.float32],
+        recipe(TIES),
+    ),
     "drawn": (
         torch.bfloat16,
         [torch.bfloat16] * 3,

@@ -80,16 +80,17 @@ def test_masks_at_once_equal_those_one_by_one(densities: list[float], count: int
     assert torch.equal(together, torch.stack([mask_of(k, d, count) for k, d in one_by_one]))
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("t", [1, 2, 3, 255, 32767, 32768, 32769, 40_000, 65535, 65536])
-def test_lanes_compared_in_words(t: int) -> None:
+def test_lanes_compared_in_words(t: int, narrow: torch.dtype) -> None:
     """Every lane value in every lane, beside every kind of neighbour."""
     values = torch.arange(1 << 16, dtype=torch.int32)
     lanes = torch.stack([values, values.flip(0), values * 7919 % 65536, 65535 - values], dim=1)
     words = lanes.to(torch.int16).view(torch.int64).view(-1)
-    kept = kept_lanes(words, torch.tensor(t))
-    assert kept.dtype == torch.bfloat16
+    kept = kept_lanes(words, torch.tensor(t), narrow)
+    assert kept.dtype == narrow
     signed = torch.where(lanes >= 32768, lanes - 65536, lanes)
-    assert torch.equal(kept.view(-1, 4), (signed < t - 32768).bfloat16())
+    assert torch.equal(kept.view(-1, 4), (signed < t - 32768).to(narrow))
 
 
 def test_a_part_of_a_mask_is_that_part() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dare.diagnostics.deltas import LARGE, LARGE_SHARE
+from mergekit_dare.kernel import threads
 from mergekit_dare.kernel.merging import FineTuned
 
 LOG = logging.getLogger("mergekit_dare")
@@ -80,7 +81,7 @@ class RangeWatch:
         dropped = [model for model in models if model.density < 1 and model.weight != 0]
         if not dropped or not self._is_due(base.numel()):
             return
-        with torch.inference_mode():
+        with torch.inference_mode(), threads.single():
             sample = torch.stack([_sample(base), *(_sample(model.tensor) for model in dropped)])
             theta_0, *_ = sample = sample.float().flatten(1)
             sample[1:] -= theta_0

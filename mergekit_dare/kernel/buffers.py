@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mergekit_dare.kernel import threads
 from mergekit_dare.kernel.masks import LANES_PER_WORD, MaskBuffers, words_of
 from mergekit_dare.kernel.rounding import bits_of
-from mergekit_dare.kernel.threads import TORCHS_LEAST
 
 # Elements in a chunk. A smaller one wastes time on calls, and on waiting for the interpreter
 # between them; a larger one does not stay in a cache. An accelerator needs enough elements to be
@@ -115,7 +115,8 @@ class Buffers:
         try:
             buffers = kept.pop()  # in one step, whichever thread asks
         except IndexError:
-            buffers = cls.allocate(capacity, device, dtype)
+            with threads.single():
+                buffers = cls.allocate(capacity, device, dtype)
         try:
             yield buffers
         finally:
@@ -144,7 +145,7 @@ class Buffers:
             self.scratch_bits[:elements],
         )
         # With so few, calls of torch are what takes the time; more it would split among threads.
-        most = min(TORCHS_LEAST, self.capacity) if self.base.device.type == "cpu" else 0
+        most = min(threads.TORCHS_LEAST, self.capacity) if self.base.device.type == "cpu" else 0
         if models > 1 and models * words_of(elements) * LANES_PER_WORD <= most:
             masks = self.mask[: models * elements].view(models, elements)
             part.masks = masks, self.mask_buffers.first_of_models(elements, models)

@@ -183,20 +183,25 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     with torch.inference_mode():
         job = plan(base, models, recipe)
         if not job.terms:
-            return out.copy_(base)
+            with threads.single():
+                return out.copy_(base)
         bound = _merge_chunks(out.view(-1), job)
         if not bound < _overflow_limit(out.dtype):
-            _raise_non_finite_deltas(job, recipe)
+            with threads.single():
+                _raise_non_finite_deltas(job, recipe)
             _merge_chunks(out.view(-1), with_equal_infinities(job))
-            _raise_overflow(out.view(-1), job.theta_0, recipe)
+            with threads.single():
+                _raise_overflow(out.view(-1), job.theta_0, recipe)
     return out
 
 
 def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
     """Find the numbers of the formula for one tensor."""
-    theta_0 = base.detach().resolve_neg().reshape(-1)
-    if not theta_0.is_contiguous():
-        theta_0 = theta_0.contiguous()
+    theta_0 = base.detach()
+    if theta_0.is_neg() or not theta_0.is_contiguous():
+        with threads.single():
+            theta_0 = theta_0.resolve_neg().contiguous()
+    theta_0 = theta_0.view(-1)
     terms = _terms(theta_0, models, recipe)
     by_magnitude = recipe.sampling is Sampling.MAGNITUDE
     stochastic = recipe.rounding is Rounding.STOCHASTIC and base.dtype in NARROW

@@ -100,7 +100,14 @@ def run(worker: Callable[[Iterator[T]], R], items: Iterable[T], most: int = MOST
 
 @contextmanager
 def single() -> Iterator[None]:
-    """Let torch do all with one thread in this block."""
+    """Let torch do all with one thread in this block.
+
+    For what :func:`run` does not do and torch would split: a forked child has no other threads of
+    torch, and would wait for them for ever.
+    """
+    if torch.get_num_threads() == 1:  # as in a worker
+        yield
+        return
     try:
         _remember_threads_of_torch()
         torch.set_num_threads(1)

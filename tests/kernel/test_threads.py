@@ -7,15 +7,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mergekit.merge_methods import TensorGroup
 
 from mergekit_dare.kernel import buffers, merging, recorded, threads
 from mergekit_dare.kernel.formula import Combine
+from mergekit_dare.plugin.methods import dare_ties
 from tests.kernel.test_merging import assert_same_bits, family, models, recipe
 
 
@@ -224,6 +227,54 @@ def test_after_a_fork(in_a_merge: bool) -> None:
             assert code_of_child(1) == 7
     else:
         assert code_of_child(3) == 7
+
+
+SIZE = 1 << 19  # of which torch splits every operation
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("of_base", "of_first", "parameters"),
+    [
+        (lambda base: base, lambda theta: theta, {}),
+        (lambda base: base[:20_000], lambda theta: theta[:20_000], {}),
+        (lambda base: base, lambda theta: theta, {"density": 0.0}),
+        (lambda base: base.view(-1, 1024).t(), lambda theta: theta.view(1024, -1), {}),
+        (lambda base: torch._neg_view(base), lambda theta: theta, {"normalize": True}),
+        (lambda base: base, lambda theta: theta.view(-1, 1024).t().reshape(-1), {}),
+        (lambda base: base, lambda theta: theta, {"sampling": "magnitude"}),
+        (lambda base: base, lambda theta: theta, {"rounding": "stochastic"}),
+        (lambda base: base, lambda theta: theta / 0, {}),
+    ],
+    ids=["usual", "small", "nothing", "rows", "negated", "columns", "magnitude", "drawn", "bad"],
+)
+def test_a_forked_child_waits_for_no_thread_of_torch(
+    of_base: Callable[[torch.Tensor], torch.Tensor],
+    of_first: Callable[[torch.Tensor], torch.Tensor],
+    parameters: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in what mergekit calls, whatever the tensors are, with buffers that are made there."""
+    monkeypatch.setattr(buffers, "_KEPT", {})
+    base, tuned = family(8, SIZE, dtype=torch.bfloat16)
+    base, first = of_base(base), of_first(tuned[0])
+    others = [theta[: base.numel()].view(base.shape) for theta in tuned[1:]]
+    group = TensorGroup.from_tensors([base, first.view(base.shape), *others], base_index=0)
+    torch.ones(1 << 22).add_(1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        code = 1
+        try:
+            dare_ties((group,), parameters={"weight": 0.5, "density": 0.5} | parameters)
+            code = 7
+        except ValueError:
+            code = 8
+        finally:
+            os._exit(code)
+    is_bad = not first.isfinite().all()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (8 if is_bad else 7)
 
 
 @pytest.mark.parametrize("with_recordings", [False, True])

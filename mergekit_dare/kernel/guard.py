@@ -41,7 +41,7 @@ def gives_the_same(
 
     """
     theta_0, *thetas = vectors
-    with threads.single():  # a forked child has no other threads of torch, and would wait for them
+    with threads.single():
         out, expected = torch.empty_like(theta_0), torch.empty_like(theta_0)
         with Buffers.lent(theta_0.device, steps.dtype) as b:
             part = b.first(theta_0.numel())

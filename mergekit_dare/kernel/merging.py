@@ -187,11 +187,9 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
                 return out.copy_(base)
         bound = _merge_chunks(out.view(-1), job)
         if not bound < _overflow_limit(out.dtype):
-            with threads.single():
-                _raise_non_finite_deltas(job, recipe)
+            _raise_non_finite_deltas(job, recipe)
             _merge_chunks(out.view(-1), with_equal_infinities(job))
-            with threads.single():
-                _raise_overflow(out.view(-1), job.theta_0, recipe)
+            _raise_overflow(out.view(-1), job.theta_0, recipe)
     return out
 
 
@@ -352,6 +350,7 @@ def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
         )
 
 
+@threads.single()
 def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
     """Raise ValueError for the first model with deltas that are NaN or infinite, if any."""
     theta_0, wide = job.theta_0, _wide_dtype(*job.vectors)
@@ -370,6 +369,7 @@ def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
             )
 
 
+@threads.single()
 def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
     """Raise ValueError if elements that are finite in the base are not so in the result."""
     overflows = sum(

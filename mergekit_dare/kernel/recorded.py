@@ -181,7 +181,7 @@ def _nothing(*inputs: Any) -> Tensor:
     raise RuntimeError("there is no recording")
 
 
-@threads.single()  # a forked child has no other threads of torch, and would wait for them
+@threads.single()
 def _functions(kind: _Kind) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Return merge_block and merge_blocks of a recording."""
     case, models = kind.case, len(kind.case.models)

@@ -13,7 +13,6 @@ from mergekit_dare import __version__
 
 # Commands that are imported when they are called: they bring mergekit and torch.
 LAZY = {
-    "compile": ("mergekit_dare.diagnostics.compile_command", "Make merges faster on this machine."),
     "inspect": ("mergekit_dare.diagnostics.inspect_command", "Measure the deltas of a config."),
     "suggest": ("mergekit_dare.diagnostics.suggest_command", "Write a config to start from."),
     "verify": ("mergekit_dare.diagnostics.verify_command", "Merge again, and compare the bytes."),
@@ -94,22 +93,13 @@ def check(configs: tuple[str, ...], files: bool, as_json: bool) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--clear-cache", is_flag=True, help="Remove all compiled code first.")
-def doctor(as_json: bool, clear_cache: bool) -> None:
+def doctor(as_json: bool) -> None:
     """See whether the plugin is active, and what mends it if it is not.
 
     Exit code 0: it is; 1: something is off.
     """
     from mergekit_dare.diagnostics.doctor import examine
 
-    if clear_cache:
-        from mergekit_dare.kernel import packages  # which brings torch
-
-        try:
-            packages.clear()
-        except OSError as error:
-            click.echo(f"{error.filename} cannot be removed: {error.strerror}", err=True)
-            sys.exit(1)
     lines = examine()
     if as_json:
         click.echo(json.dumps([vars(line) for line in lines], indent=1))

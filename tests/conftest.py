@@ -11,7 +11,6 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
-os.environ["MERGEKIT_DARE_COMPILE"] = "0"  # whatever this user has compiled
 
 from tests import zoo
 

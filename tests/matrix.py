@@ -2,11 +2,10 @@
 
 Usage: python3 tests/matrix.py [--install] [--folder FOLDER] [ROW...]
 
-Rows: oldest, newest, python3.12. Each runs the quick selection, and tests of compiled code, which
-torch makes its own way in each version. Each gets an environment of its own, of some 6 GB where
-torch comes with CUDA, in a temporary folder, or in FOLDER, where it is kept: with --install it is
-made there, beside other work, and nothing is run. A row whose Python is not on this machine is
-named and left out.
+Rows: oldest, newest, python3.12. Each runs the quick selection, and gets an environment of its own,
+of some 6 GB where torch comes with CUDA, in a temporary folder, or in FOLDER, where it is kept:
+with --install it is made there, beside other work, and nothing is run. A row whose Python is not
+on this machine is named and left out.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
 # Run unless others are named: they have the oldest and the newest of everything.
 USUAL = ("oldest", "newest")
-# Of compiled code, one test for each way through it.
-COMPILED = "same_bits or own_loader or one_line"
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "hatchling", "editables"]
 
 
@@ -41,14 +38,12 @@ class Row(NamedTuple):
         python: The version of Python.
         requirements: What is installed beside what the tests need.
         left_out: Tests that these versions of other packages cannot run.
-        compiles: Whether compiled code is for this torch.
 
     """
 
     python: str
     requirements: list[str]
     left_out: list[str]
-    compiles: bool = True
 
 
 ROWS = {
@@ -58,7 +53,6 @@ ROWS = {
         ["torch==2.4.0", "transformers==5.0.0", "safetensors==0.5.2", "mergekit==0.1.5"],
         # mergekit-moe's own check of what it wrote fails with this transformers.
         ["tests/product/test_family.py::test_moe_of_dare_outputs"],
-        compiles=False,
     ),
     "python3.12": Row(
         "3.12", ["-c", str(PROJECT / "examples" / "constraints.txt"), "mergekit"], []
@@ -118,7 +112,7 @@ def _do(name: str, folder: Path, only_install: bool) -> bool:
 def _install(row: Row, python: str, environment: Path) -> bool:
     subprocess.run([python, "-m", "venv", environment], check=True)
     program = str(environment / "bin" / "python")
-    for what in ([*row.requirements, *TESTS], ["--no-deps", str(PROJECT)]):
+    for what in ([*row.requirements, "numba", *TESTS], ["--no-deps", str(PROJECT)]):
         pip = [program, "-m", "pip", "install", "--quiet", *what]
         if subprocess.run(pip, check=False).returncode != 0:
             return False
@@ -134,15 +128,11 @@ def _run(name: str, environment: Path) -> bool:
     print(f"== {name}: Python ", end="", flush=True)
     subprocess.run([program, "-c", shown], check=True)
     pytest = [program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *AT_ONCE]
-    selections = [["-m", "not slow", *(f"--deselect={test}" for test in row.left_out)]]
-    if row.compiles:
-        selections.append(["tests/kernel/test_compiled.py", "-k", COMPILED])
-    failed = False
-    for tests in selections:
-        result = subprocess.run(
-            [*pytest, *tests], cwd=PROJECT, env=os.environ | ONE_THREAD, check=False
-        )
-        failed = failed or result.returncode != 0
+    tests = ["-m", "not slow", *(f"--deselect={test}" for test in row.left_out)]
+    result = subprocess.run(
+        [*pytest, *tests], cwd=PROJECT, env=os.environ | ONE_THREAD, check=False
+    )
+    failed = result.returncode != 0
     print(f"== {name}: {'failed' if failed else 'passed'}", flush=True)
     return not failed
 

@@ -55,7 +55,7 @@ def examine() -> list[Line]:
         _startup_file(),
         _active(),
         _command(),
-        _compiled(),
+        _numba(),
     ]
 
 
@@ -74,28 +74,18 @@ def _mergekit() -> Line:
     return line
 
 
-def _compiled() -> Line:
-    """Tell what compiled code there is, and whether merges use it."""
-    name = "compiled code"
+def _numba() -> Line:
+    """Tell whether Numba compiles what merges on a CPU."""
+    name = "Numba"
     try:
-        from mergekit_dare.kernel import compiled, packages
-    except ImportError:  # said above
-        return Line(name, "cannot be told without torch")
-    place = packages.folder()
-    if reason := compiled.why_not_here():
-        return Line(name, f"none is used: {reason}")
-    files = packages.all_files()
-    size = sum(file.stat().st_size for file in files) / 1e6
-    held = f"{len(files)} packages, {size:.1f} MB, in {place}" if files else f"none in {place}"
-    if compiled.is_switched_off():
-        return Line(name, f"{held}; {compiled.SWITCH} says to use none")
-    problems = [packages.who_else_writes(path) for path in (place, *files) if path.exists()]
-    for problem in filter(None, problems):
-        return Line(name, held, f"None is used that is not yours alone: {problem}.")
-    unused = sum(not packages.is_for_this_process(file) for file in files)
-    if unused:
-        held += f"; {unused} for another torch, processor or version: doctor --clear-cache"
-    return Line(name, held)
+        from mergekit_dare.kernel import compiling, loops  # noqa: F401
+    except ImportError as error:
+        return Line(name, "not used, so merges on a CPU take ten times as long", f"{error}.")
+    folder = compiling.cache_folder()
+    if folder is None:
+        remedy = "Let NUMBA_CACHE_DIR name a folder that can be written to."
+        return Line(name, f"{version('numba')}, which compiles anew in each process", remedy)
+    return Line(name, f"{version('numba')}, which keeps what it compiles in {folder}")
 
 
 def _switch() -> Line:

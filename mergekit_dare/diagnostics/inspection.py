@@ -32,8 +32,8 @@ from mergekit_dare.diagnostics.document import Document, choose
 from mergekit_dare.diagnostics.samples import Reader, Sampled
 from mergekit_dare.kernel import merging, threads
 from mergekit_dare.kernel.formula import dtype_name
-from mergekit_dare.kernel.masks import MaskBuffers, state_before, uniform_lanes
-from mergekit_dare.kernel.rounding import NARROW, Rounding, RoundingBuffers, round_stochastically
+from mergekit_dare.kernel.masks import unsigned_lanes
+from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 
 STANDING_OUT = 5  # tensors that are named for each model
@@ -360,9 +360,5 @@ def _add_change(
 
 def _rounding_noise(merged: Tensor, dtype: torch.dtype, key: int) -> Tensor:
     """Return what stochastic rounding to ``dtype`` adds; any draw is as good as a merge's own."""
-    buffers = MaskBuffers.allocate(merged.numel(), merged.device)
-    lanes = uniform_lanes(state_before(key, 0), torch.empty_like(merged), buffers)
-    rounded = torch.empty_like(merged, dtype=dtype)
-    result = merged.clone()
-    round_stochastically(result, lanes, rounded, RoundingBuffers.allocate(result))
-    return rounded.float() - merged
+    lanes = unsigned_lanes(key, slice(0, merged.numel()), merged.device)
+    return round_stochastically(merged, lanes, dtype).float() - merged

@@ -1,46 +1,43 @@
 """Merge the fine-tuned models' versions of one tensor into the base model's.
 
-The formula itself is in :mod:`mergekit_dare.kernel.formula`; here are its inputs and outputs:
-what is checked before, what the numbers in it are, and what may not leave it.
+The formula itself is in :mod:`mergekit_dare.kernel.formula`; here are its inputs and outputs: what
+is checked before, what the numbers in it are, what runs it, and what may not leave it.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel import compiled, recorded, threads
-from mergekit_dare.kernel.buffers import Buffers, chunk_size, chunks
-from mergekit_dare.kernel.formula import (
-    SUPPORTED_DTYPES,
-    Combine,
-    Numbers,
-    Steps,
-    dtype_name,
-    merge_chunk,
-)
+from mergekit_dare.kernel import formula, threads
+from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine, Job, Term, dtype_name
 from mergekit_dare.kernel.masks import (
+    CHECKSUM_BLOCK,
     LANE_VALUES,
     mask_key,
     rounding_key,
-    state_before,
     threshold,
+    unsigned_lanes,
 )
-from mergekit_dare.kernel.rounding import NARROW, Rounding
+from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import GREATEST_FOR_FLOAT32, Sampling, magnitude_scale
+
+LOG = logging.getLogger(__name__)
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
 # Numbers beyond these make float32 products under- or overflow whose quotients need not: then the
 # arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
-# Elements times models for which another thread is started, to merge them or to make their keys:
-# that takes up to a quarter of a millisecond, and keys wait for the memory more than for a core.
-LEAST_MERGED, LEAST_PLANNED = 1 << 19, 1 << 25
+# Elements that torch works on at once. On a CPU it splits no operation on so few among threads; an
+# accelerator needs enough to be busy, and has 250 MB of temporary tensors.
+CPU_PIECE, ACCELERATOR_PIECE = 1 << 15, 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,73 +90,6 @@ class Recipe:
         return f"tensor {self.tensor_name}".rstrip()
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One w_k hat_k of the sum, ready to be computed.
-
-    Attributes:
-        model: The fine-tuned model that it comes from.
-        theta: theta_k as a contiguous vector.
-        key: The key of m_k.
-        t: The least T_k, in units of 1 / 65536: d_k, or by magnitude 1 or 65536.
-        scale: c_k in units of 1 / 65536; by magnitude only.
-        factor: w_k, with uniform sampling divided by d_k unless rescale is false; for linear also
-            times lambda and divided by the sum of weights.
-        weight: w_k; for a normalized TIES merge in units in which the largest is about 1, which
-            changes no quotient.
-
-    """
-
-    model: FineTuned
-    theta: Tensor
-    key: int
-    t: int
-    scale: float
-    factor: float
-    weight: float
-
-    def numbers(self) -> tuple[float, ...]:
-        """Return what it is multiplied with."""
-        return self.factor, self.weight
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One tensor's merge, ready to be computed.
-
-    Attributes:
-        theta_0: The base model's elements as a contiguous vector.
-        terms: Those that are not zero throughout, in an order of their own.
-        steps: What is done to every chunk.
-        lambda_: Factor of the merged delta.
-        rounding_key: The key of the stream that rounds the result.
-
-    """
-
-    theta_0: Tensor
-    terms: Sequence[Term]
-    steps: Steps
-    lambda_: float
-    rounding_key: int
-
-    @property
-    def vectors(self) -> list[Tensor]:
-        """theta_0 and each theta_k."""
-        return [self.theta_0, *(term.theta for term in self.terms)]
-
-    def numbers(self, start: int) -> Numbers:
-        """Return the formula's numbers for the chunk whose first element is ``start``."""
-        keys = [*(term.key for term in self.terms), self.rounding_key]
-        return Numbers(
-            states=[state_before(key, start) for key in keys],
-            thresholds=[term.t for term in self.terms],
-            scales=[term.scale for term in self.terms],
-            factors=[term.factor for term in self.terms],
-            weights=[term.weight for term in self.terms],
-            lambda_=self.lambda_,
-        )
-
-
 def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     """Merge the deltas of fine-tuned models into a base tensor.
 
@@ -172,92 +102,95 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
         A new contiguous tensor of the shape, dtype and device of ``base``.
 
     Raises:
-        ValueError: a dtype is not supported, a delta is not finite, or the result overflows
-            its dtype.
+        ValueError: a dtype is not supported, shapes or devices differ, a delta is not finite, or
+            the result overflows its dtype (stochastic rounding of a number beyond the largest of
+            float16 gives that).
 
     """
-    _check_dtype("the base model", base, recipe)
-    for model in models:
-        _check_dtype(f"model {model.name}", model.tensor, recipe)
-    out = torch.empty_like(base, memory_format=torch.contiguous_format)
-    with torch.inference_mode():
-        job = plan(base, models, recipe)
-        if not job.terms:
-            with threads.single():
-                return out.copy_(base)
-        bound = _merge_chunks(out.view(-1), job)
-        if not bound < _overflow_limit(out.dtype):
+    merged, _ = merge_and_plan(base, models, recipe)
+    return merged
+
+
+def merge_and_plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> tuple[Tensor, Job]:
+    """Merge as :func:`merge` does, and return what was done, too."""
+    for name, tensor in (
+        ("the base model", base),
+        *((f"model {m.name}", m.tensor) for m in models),
+    ):
+        _check(name, tensor, base, recipe)
+    job = plan(base, models, recipe)
+    merged = torch.empty_like(base, memory_format=torch.contiguous_format)
+    out = merged.view(-1)
+    if not job.terms:
+        with threads.single():
+            out.copy_(job.theta_0)
+        return merged, job
+    cpu = compiled_cpu(job.dtype) if out.device.type == "cpu" else None
+    largest = cpu.merge(job, out) if cpu else _merge_by_torch(job, out)
+    if not largest < _overflow_limit(out.dtype):
+        with threads.single():
             _raise_non_finite_deltas(job, recipe)
-            _merge_chunks(out.view(-1), with_equal_infinities(job))
-            _raise_overflow(out.view(-1), job.theta_0, recipe)
-    return out
+            _raise_overflow(out, job.theta_0, recipe)
+    return merged, job
 
 
 def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
     """Find the numbers of the formula for one tensor."""
-    theta_0 = base.detach()
-    if theta_0.is_neg() or not theta_0.is_contiguous():
-        with threads.single():
-            theta_0 = theta_0.resolve_neg().contiguous()
-    theta_0 = theta_0.view(-1)
-    terms = _terms(theta_0, models, recipe)
-    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
-    stochastic = recipe.rounding is Rounding.STOCHASTIC and base.dtype in NARROW
-    ties = recipe.combine is Combine.TIES
-    steps = Steps(
-        recipe.combine,
-        _work_dtype(theta_0, terms, recipe),
-        by_magnitude=by_magnitude,
-        rescale=recipe.rescale,
-        normalize=ties and recipe.normalize,
-        scale=ties and recipe.lambda_ != 1,
-        stochastic=stochastic,
+    ties, by_magnitude = recipe.combine is Combine.TIES, recipe.sampling is Sampling.MAGNITUDE
+    used = [
+        (k, model)
+        for k, model in enumerate(models)
+        if model.weight != 0 and threshold(model.density) > 0 and base.numel()
+    ]
+    stochastic = recipe.rounding is Rounding.STOCHASTIC and base.dtype in NARROW and bool(used)
+    with threads.single():
+        theta_0, *thetas = (_vector(tensor) for tensor in (base, *(m.tensor for _, m in used)))
+        dtype = _wide_dtype(theta_0, *thetas)
+        sums = _checksums([*thetas, theta_0] if stochastic else thetas, dtype)
+        keys = [
+            mask_key(recipe.seed, theta, shape=base.shape, sums=of_theta)
+            for theta, of_theta in zip(thetas, sums, strict=False)
+        ]
+        weight_unit, factor_unit = _units(models, recipe)
+        terms = []
+        for (k, model), theta, key in zip(used, thetas, keys, strict=True):
+            t, c, rescale = threshold(model.density), 0.0, 1.0
+            if by_magnitude:
+                wide = _wide_dtype(theta_0, theta)
+                found = magnitude_scale(theta, theta_0, model.density, wide)
+                t, c = (LANE_VALUES, 0.0) if found is None else (1, found)
+            elif recipe.rescale:
+                rescale = LANE_VALUES / t
+            factor, weight = model.weight * rescale * factor_unit, model.weight * weight_unit
+            terms.append(Term(model.name, k, theta, key, t, c, factor, weight))
+        # A floating-point sum depends on its order, and that of the models in a config must not
+        # matter.
+        terms.sort(key=lambda term: (term.key, term.t, term.c, term.factor))
+        key_of_rounding = None
+        if stochastic:
+            keys = [term.key for term in terms]
+            key_of_rounding = rounding_key(
+                recipe.seed, theta_0, keys, shape=base.shape, sums=sums[-1]
+            )
+    return Job(
+        theta_0,
+        terms,
+        _work_dtype(dtype, terms, recipe),
+        ties,
+        ties and recipe.normalize,
+        by_magnitude,
+        recipe.rescale,
+        recipe.lambda_ if ties else 1.0,
+        key_of_rounding,
     )
-    keys = [term.key for term in terms]
-    key = 0
-    if stochastic and terms:
-        with threads.single():
-            key = rounding_key(recipe.seed, theta_0.view(base.shape), keys)
-    return Job(theta_0, terms, steps, recipe.lambda_, key)
 
 
-def with_equal_infinities(job: Job) -> Job:
-    """Return the job for tensors in which elements may be infinite, and equal, in all models."""
-    return replace(job, steps=replace(job.steps, equal_infinities=True))
-
-
-def _terms(theta_0: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> list[Term]:
-    """Return the terms of the sum that are not zero throughout, in an order of their own.
-
-    They are sorted by their masks' keys: a floating-point sum depends on its order, and the
-    order of the models in a config must not matter.
-    """
-    weight_unit, factor_unit = _units(models, recipe)
-
-    def make(models: Iterator[FineTuned]) -> list[Term]:
-        return [_term(model, theta_0, recipe, weight_unit, factor_unit) for model in models]
-
-    used = [m for m in models if m.weight != 0 and threshold(m.density) > 0 and theta_0.numel()]
-    most = _most_threads(theta_0.device, theta_0.numel(), len(used), LEAST_PLANNED)
-    terms = itertools.chain(*threads.run(make, used, most))
-    return sorted(terms, key=lambda term: (term.key, term.t, term.scale, term.factor))
-
-
-def _term(
-    model: FineTuned, theta_0: Tensor, recipe: Recipe, weight_unit: float, factor_unit: float
-) -> Term:
-    by_magnitude = recipe.sampling is Sampling.MAGNITUDE
-    t, scale = threshold(model.density), 0.0
-    theta = model.tensor.detach().resolve_neg().contiguous()
-    key = mask_key(recipe.seed, theta)
-    theta = theta.view(-1)
-    rescale = LANE_VALUES / t if recipe.rescale and not by_magnitude else 1.0
-    if by_magnitude:
-        dtype = _wide_dtype(theta_0, theta)
-        found = magnitude_scale(theta, theta_0, model.density, dtype)
-        t, scale = (LANE_VALUES, 0.0) if found is None else (1, found)
-    factor = model.weight * rescale * factor_unit
-    return Term(model, theta, key, t, scale, factor, model.weight * weight_unit)
+def _vector(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements in row order, without a copy if it is contiguous."""
+    tensor = tensor.detach()
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor.view(-1)
 
 
 def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
@@ -272,65 +205,78 @@ def _units(models: Sequence[FineTuned], recipe: Recipe) -> tuple[float, float]:
     return unit, unit
 
 
-def _merge_chunks(out: Tensor, job: Job) -> float:
-    """Fill ``out`` and return a bound of all magnitudes before rounding, NaN if there is a NaN.
-
-    The bound is the largest chunk's L2 norm, or more. Chunks are merged by compiled code, if there
-    is any, else by a recording, if it pays.
-    """
-    device, steps = out.device, job.steps
-    on_cpu = device.type == "cpu"
-    merge_fast = compiled.merge_function(job.vectors, steps, job.numbers)
-    merge_fast = merge_fast or recorded.merge_function(job.vectors, steps, job.numbers)
-
-    def merge_all(pieces: Iterator[Piece]) -> list[float]:
-        norms: list[float | Tensor] = []
-        for first, chunk in pieces:
-            numbers = job.numbers(first)
-            norm: float | Tensor | None = merge_fast and merge_fast(chunk, numbers)
-            if norm is None:
-                out, theta_0, *thetas = chunk
-                with Buffers.lent(device, steps.dtype) as b:
-                    part = b.first(out.numel(), len(thetas))
-                    norm = merge_chunk(out, theta_0, thetas, numbers, steps, part)
-            # A device is not waited for before the end.
-            norms.append(float(norm) if on_cpu else norm)
-        return [float(norm) for norm in norms]
-
-    most = _most_threads(device, out.numel(), len(job.terms), LEAST_MERGED)
-    pieces = chunks(chunk_size(device), out, *job.vectors)
-    norms = [*itertools.chain(*threads.run(merge_all, pieces, most))]
-    return math.nan if any(map(math.isnan, norms)) else max(norms)
-
-
-def _most_threads(device: torch.device, elements: int, models: int, least: int) -> int:
-    """Return at most how many threads pay; 0 where torch takes but one by itself, or a device."""
-    if device.type != "cpu" or elements <= threads.TORCHS_LEAST:
-        return 0
-    return max(1, elements * models // least)
-
-
-Piece = tuple[int, tuple[Tensor, ...]]
-
-
 def _wide_dtype(*tensors: Tensor) -> torch.dtype:
     """Return float64 if a tensor is float64, else float32."""
     wide = torch.float64 in {tensor.dtype for tensor in tensors}
     return torch.float64 if wide else torch.float32
 
 
-def _work_dtype(theta_0: Tensor, terms: Sequence[Term], recipe: Recipe) -> torch.dtype:
-    """Return the dtype of all arithmetic: float64 if an input is float64, else float32.
+def _work_dtype(wide: torch.dtype, terms: Sequence[Term], recipe: Recipe) -> torch.dtype:
+    """Return float64 if ``wide`` is that, or float32 products could lose a number, else float32."""
+    numbers = [recipe.lambda_, *(n for term in terms for n in (term.factor, term.weight))]
+    within = all(_LEAST_FACTOR <= abs(n) <= _GREATEST_FACTOR for n in numbers if n)
+    within = within and all(term.c <= GREATEST_FOR_FLOAT32 for term in terms)
+    return wide if within else torch.float64
 
-    Numbers that float32 products could lose are another reason for float64.
+
+@cache
+def compiled_cpu(dtype: torch.dtype) -> ModuleType | None:
+    """Return the module cpu, its loops compiled for arithmetic in a dtype, if Numba works here."""
+    try:
+        from mergekit_dare.kernel import cpu
+
+        cpu.compile_for(dtype)
+    except Exception as error:  # whatever it is, the merge must go on
+        reason = str(error).strip().partition("\n")[0]
+        _warn_once(f"{type(error).__name__}: {reason}")
+        return None
+    return cpu
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    LOG.warning("merging on the CPU without Numba, which takes ten times as long: %s", reason)
+
+
+def _checksums(vectors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[bytes | None]:
+    """Return :func:`.masks.checksums` of all vectors, or None for those that masks.py makes.
+
+    ``dtype``: that in which they are probably merged.
     """
-    numbers = [recipe.lambda_, *(number for term in terms for number in term.numbers())]
-    outside = any(n and not _LEAST_FACTOR <= abs(n) <= _GREATEST_FACTOR for n in numbers)
-    if outside or any(term.scale > GREATEST_FOR_FLOAT32 for term in terms):
-        return torch.float64
-    return _wide_dtype(theta_0, *(term.theta for term in terms))
+    large = any(vector.nbytes >= CHECKSUM_BLOCK for vector in vectors)
+    on_cpu = all(vector.device.type == "cpu" for vector in vectors)
+    cpu = compiled_cpu(dtype) if large and on_cpu else None
+    return cpu.checksums(vectors) if cpu else [None] * len(vectors)
 
 
+def pieces(vector: Tensor) -> Iterator[slice]:
+    """Yield the parts of a vector that torch works on at once."""
+    size = CPU_PIECE if vector.device.type == "cpu" else ACCELERATOR_PIECE
+    for start in range(0, vector.numel(), size):
+        yield slice(start, min(vector.numel(), start + size))
+
+
+@torch.inference_mode()
+def _merge_by_torch(job: Job, out: Tensor) -> float:
+    """Merge a tensor into ``out``; return the largest magnitude before rounding, or NaN."""
+    largest = []
+    with threads.single():
+        for piece in pieces(out):
+            result = formula.merge(job, piece)
+            largest.append(result.abs().max())
+            out[piece] = rounded(result, job, piece)
+    return float(torch.stack(largest).max())  # a device is not waited for before the end
+
+
+def rounded(result: Tensor, job: Job, piece: slice) -> Tensor:
+    """Round a merged piece to the dtype of theta_0."""
+    if job.rounding_key is None:
+        return result.to(job.theta_0.dtype)
+    lanes = unsigned_lanes(job.rounding_key, piece, result.device)
+    return round_stochastically(result, lanes, job.theta_0.dtype)
+
+
+@cache
 def _overflow_limit(dtype: torch.dtype) -> float:
     """Return the least magnitude that rounding to ``dtype`` makes infinite."""
     if dtype == torch.float64:  # no arithmetic here is wider
@@ -340,8 +286,13 @@ def _overflow_limit(dtype: torch.dtype) -> float:
     return math.ldexp(1 - info.eps / 4, exponent)
 
 
-def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
-    """Raise ValueError for a dtype that no merge can take."""
+def _check(name: str, tensor: Tensor, base: Tensor, recipe: Recipe) -> None:
+    """Raise ValueError for a tensor that no merge can take."""
+    if tensor.shape != base.shape or tensor.device != base.device:
+        raise ValueError(
+            f"{recipe.tensor} of {name} has shape {tuple(tensor.shape)} on {tensor.device}, and "
+            f"{tuple(base.shape)} on {base.device} in the base model"
+        )
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"{recipe.tensor} of {name} has dtype {dtype_name(tensor.dtype)}; DARE "
@@ -350,31 +301,30 @@ def _check_dtype(name: str, tensor: Tensor, recipe: Recipe) -> None:
         )
 
 
-@threads.single()
 def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
     """Raise ValueError for the first model with deltas that are NaN or infinite, if any."""
-    theta_0, wide = job.theta_0, _wide_dtype(*job.vectors)
+    wide = _wide_dtype(job.theta_0, *(term.theta for term in job.terms))
     for term in job.terms:
         bad = bad_in_base = 0
-        for _, (base, theta) in chunks(chunk_size(theta_0.device), theta_0, term.theta):
+        for piece in pieces(job.theta_0):
+            base, theta = job.theta_0[piece], term.theta[piece]
             unequal = theta != base
             bad += int((unequal & ~torch.isfinite(theta.to(wide) - base.to(wide))).sum())
             bad_in_base += int((unequal & ~torch.isfinite(base)).sum())
         if bad:
-            at_fault = "the base model" if bad_in_base == bad else f"model {term.model.name}"
+            at_fault = "the base model" if bad_in_base == bad else f"model {term.name}"
             raise ValueError(
-                f"{recipe.tensor} of {at_fault} gives {bad} of {theta_0.numel()} "
-                f"deltas that are NaN or infinite (model {term.model.name} minus the base "
+                f"{recipe.tensor} of {at_fault} gives {bad} of {job.theta_0.numel()} "
+                f"deltas that are NaN or infinite (model {term.name} minus the base "
                 "model); the file is damaged, or the model diverged"
             )
 
 
-@threads.single()
 def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
     """Raise ValueError if elements that are finite in the base are not so in the result."""
     overflows = sum(
-        int((torch.isfinite(before) & ~torch.isfinite(after)).sum().item())
-        for _, (before, after) in chunks(chunk_size(out.device), theta_0, out)
+        int((torch.isfinite(theta_0[piece]) & ~torch.isfinite(out[piece])).sum())
+        for piece in pieces(out)
     )
     if overflows:
         limit = torch.finfo(out.dtype).max

@@ -20,13 +20,14 @@ which is enlarged until it is exact enough; the elements are the same in every r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from mergekit_dare.kernel.masks import LANE_VALUES, LANES_PER_WORD, MaskBuffers, splitmix64
+from mergekit_dare.kernel.masks import LANE_VALUES, splitmix64
 
 # Elements next to each other that are looked at together: so few that a sample of them is as good
 # as one of single elements, so many that looking costs little.
@@ -88,30 +89,30 @@ def magnitude_scale(
         scale = blocks.solve(density, scale)
         if blocks.standard_error(scale) <= STANDARD_ERROR * density:
             return scale
-    small = elements <= _PIECE  # computed once, not each time that it is looked through
-    whole = _Sample(
-        [_magnitudes(theta, theta_0, dtype)] if small else _Pieces(theta, theta_0, dtype)
-    )
+    parts = _Parts(theta, theta_0, dtype)
+    whole = _Sample(list(parts) if elements <= _PIECE else parts)
     if whole.nonzero <= density * elements:
         return None
     return whole.solve(density, scale)
 
 
-class _Pieces:
-    """|delta| of a whole tensor, piece by piece, each time that it is iterated over."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """|delta| of a whole tensor, part by part, computed each time that it is iterated over."""
 
-    def __init__(self, theta: Tensor, theta_0: Tensor, dtype: torch.dtype) -> None:
-        self.theta, self.theta_0, self.dtype = theta, theta_0, dtype
+    theta: Tensor
+    theta_0: Tensor
+    dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        pieces = zip(self.theta.split(_PIECE), self.theta_0.split(_PIECE), strict=True)
-        return (_magnitudes(theta, theta_0, self.dtype) for theta, theta_0 in pieces)
+        pairs = zip(self.theta.split(_PIECE), self.theta_0.split(_PIECE), strict=True)
+        return (_magnitudes(theta, theta_0, self.dtype) for theta, theta_0 in pairs)
 
 
 class _Sample:
     """Magnitudes of deltas, and how their T add up for a given c."""
 
-    def __init__(self, pieces: list[Tensor] | _Pieces) -> None:
+    def __init__(self, pieces: Iterable[Tensor]) -> None:
         self.pieces = pieces
         self.elements = self.nonzero = 0
         self.largest = 0.0
@@ -191,10 +192,9 @@ def _sampled_deltas(theta: Tensor, theta_0: Tensor, dtype: torch.dtype, size: in
     """
     count = size // BLOCK
     share = theta.numel() // count
-    buffers = MaskBuffers.allocate(LANES_PER_WORD * count, theta.device)
-    shifts = splitmix64(_POSITIONS_KEY, buffers).bitwise_and_((1 << 62) - 1)
-    shifts.remainder_(share - BLOCK + 1)
-    starts = torch.arange(count, dtype=torch.int64, device=theta.device).mul_(share).add_(shifts)
+    shifts = splitmix64(_POSITIONS_KEY, slice(0, count), theta.device) & (1 << 62) - 1
+    starts = torch.arange(count, dtype=torch.int64, device=theta.device) * share
+    starts += shifts % (share - BLOCK + 1)
     rows = (theta.numel() - BLOCK + 1, BLOCK)
     sampled, of_base = (
         vector.as_strided(rows, (1, 1), vector.storage_offset()).index_select(0, starts).view(-1)

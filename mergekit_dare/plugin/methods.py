@@ -28,7 +28,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_dare import __version__
-from mergekit_dare.kernel import gradients
+from mergekit_dare.kernel import derivatives
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.merging import FineTuned, Recipe
 from mergekit_dare.kernel.rounding import Rounding
@@ -53,6 +53,12 @@ def observe(look: Observer) -> None:
         _OBSERVERS.append(look)
 
 
+# What was found to be valid, by parameter, type and value: mergekit's functions for Python validate
+# anew for each tensor, which takes longer than merging a small one.
+_VALID: dict[tuple[str, type, Any], Any] = {}
+_MOST_VALID = 1 << 12
+
+
 @dataclass(frozen=True)
 class DareParameter(ParameterSpec):
     """A parameter whose values are checked while mergekit plans, before any weight is merged."""
@@ -65,6 +71,11 @@ class DareParameter(ParameterSpec):
                 they are known, the value, and what is allowed.
 
         """
+        known = self.name, type(value), value
+        try:
+            return _VALID[known]
+        except (KeyError, TypeError):  # not seen before; or no key, as a list is none
+            pass
         try:
             converted = super().validate(value)
         except ValueError:  # pydantic's spans several lines
@@ -73,6 +84,8 @@ class DareParameter(ParameterSpec):
         if problem is not None:
             planned_for = _planned_for(per_model=self.scope == ParameterScope.NON_BASE)
             raise ValueError(f"{self.name}{planned_for} is {value!r}, but {problem}")
+        if len(_VALID) < _MOST_VALID:
+            _VALID[known] = converted
         return converted
 
 
@@ -204,8 +217,8 @@ class DareMethod(GroupMergeMethod):
             sampling=Sampling(parameters["sampling"]),
             rounding=Rounding(parameters["rounding"]),
         )
-        merged = gradients.merge(group.base.tensor, models, recipe)
-        if not gradients.is_transformed():  # such tensors have no values that can be read
+        merged = derivatives.merge(group.base.tensor, models, recipe)
+        if derivatives.is_plain(group.base.tensor):
             for look in _OBSERVERS:
                 look(group.base.tensor, models, recipe.tensor_name)
         return merged

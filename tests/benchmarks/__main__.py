@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-
-from mergekit_dare.kernel import compiled
 
 SECTIONS = {
     "kernel": "time of merging one tensor",
     "busy": "the same while other processes want the cores, too",
-    "startup": "what compiled code costs at first, and from what size of merge it pays",
+    "startup": "the first merge of a machine, of a process, and those after it",
     "memory": "peak memory of merging one tensor, beside inputs and output",
     "inspecting": "mergekit-dare inspect: a sample, and all weights",
     "process": "wall time and peak memory of whole mergekit-yaml runs",
@@ -32,7 +29,6 @@ def main() -> None:
         module.add_arguments(section)
         section.set_defaults(run=module.run)
     arguments = parser.parse_args()
-    os.environ[compiled.SWITCH] = "0"  # each section switches it on where it is measured
     arguments.run(arguments)
 
 

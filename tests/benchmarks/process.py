@@ -18,7 +18,6 @@ import yaml
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_dare.kernel import compiled
 from mergekit_dare.plugin import autoload
 from tests.benchmarks.candidates import DENSITY, WEIGHT
 from tests.benchmarks.report import paired_ratio, show
@@ -26,13 +25,11 @@ from tests.benchmarks.report import paired_ratio, show
 MODELS = ["a", "b", "c"]
 # Of a Llama: width, inner width, layers.
 SIZES = {"0.1B": (768, 2048, 8), "0.66B": (1536, 4096, 20), "2B": (2560, 6912, 24)}
-COMPILED, BUILT_IN = {compiled.SWITCH: "1"}, {autoload.SWITCH: "0"}  # else without compiled code
+BUILT_IN = {autoload.SWITCH: "0"}
 # name: method, environment
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "dare_linear": ("dare_linear", {}),
     "dare_ties": ("dare_ties", {}),
-    "compiled linear": ("dare_linear", COMPILED),
-    "compiled ties": ("dare_ties", COMPILED),
     "built-in linear": ("dare_linear", BUILT_IN),
     "built-in ties": ("dare_ties", BUILT_IN),
     "task_arithmetic": ("task_arithmetic", {}),

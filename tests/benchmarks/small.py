@@ -17,9 +17,6 @@ from mergekit.merge_methods import MergeMethod
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_dare.diagnostics import compile_command
-from mergekit_dare.kernel import building, compiled
-from tests.benchmarks.candidates import merge_with
 from tests.benchmarks.process import MODELS, RUNS, make_models, merge_config
 from tests.benchmarks.report import show
 
@@ -36,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge models with more and more layers, and print one row for each of the runs."""
-    building.build(compile_command.usual_cases())
     names = [name for name in RUNS if not name.startswith("built-in")]
     rows: list[dict[str, Any]] = []
     for layers in arguments.layers:
@@ -60,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _merge(folder: Path, name: str) -> tuple[float, float]:
     """Return the seconds of a merge, and of those the method's."""
-    method, environment = RUNS[name]
+    method, _ = RUNS[name]
     config = MergeConfiguration.model_validate(merge_config(folder, method, MODELS))
     seconds, execute = 0.0, MergeMethod._execute_resolved
 
@@ -71,13 +67,8 @@ def _merge(folder: Path, name: str) -> tuple[float, float]:
         seconds += time.perf_counter() - start
         return result
 
-    merge = merge_with(
-        environment.get(compiled.SWITCH, "0"),
-        lambda: run_merge(
-            config, str(folder / "out"), MergeOptions(quiet=True, copy_tokenizer=False)
-        ),
-    )
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
     with mock.patch.object(MergeMethod, "_execute_resolved", timed):
         start = time.perf_counter()
-        merge()
+        run_merge(config, str(folder / "out"), options)
         return time.perf_counter() - start, seconds

@@ -1,4 +1,4 @@
-"""What compiled code takes to make and to load, and the size of merge from which that pays."""
+"""The first merge of a machine, that of a process, and those after it: Numba compiles, or loads."""
 
 from __future__ import annotations
 
@@ -12,80 +12,59 @@ import tempfile
 import time
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from mergekit_dare.kernel import compiled, packages
 from tests.benchmarks import candidates
 from tests.benchmarks.report import show
 
-ELEMENTS, DTYPE = 11_534_336, "bf16"
+ELEMENTS = 11_534_336
+STARTS = ("of the machine", "of a later process")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this section's options."""
     parser.add_argument("--models", type=int, default=3, help="number of fine-tuned models")
     parser.add_argument("--rounds", type=int, default=3, help="median of how many")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure fresh processes: without compiled code, with an empty cache, and with it again."""
+    """Measure fresh processes, with an empty cache of Numba and with it again."""
     if arguments.child:
-        method, start = arguments.child
-        print(json.dumps(_in_this_process(method, start, arguments.models)))
+        print(json.dumps(_in_this_process(arguments.child, arguments.models)))
         return
-    starts: dict[tuple[str, str], list[dict[str, float]]] = {}
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for _ in tqdm(range(arguments.rounds), file=sys.stderr):
         for method in ("dare_linear", "dare_ties"):
             with tempfile.TemporaryDirectory() as cache:
-                for start in ("not used", "made", "loaded"):
-                    figures = _in_a_fresh_process(method, start, arguments.models, cache)
-                    starts.setdefault((method, start), []).append(figures)
-    medians = {
-        of: {key: statistics.median(each[key] for each in measured) for key in measured[0]}
-        for of, measured in starts.items()
-    }
-    rows: list[dict[str, Any]] = []
-    for (method, start), figures in medians.items():
-        plain = medians[method, "not used"]
-        row: dict[str, Any] = {"method": method, "models": arguments.models, "dtype": DTYPE}
-        row |= {"compiled code is": start, "seconds at first": figures["at first"]}
-        row["ns"] = figures["later"] * 1e9
-        pays: float | str = ""
-        if start != "not used":
-            lost = max(0.0, figures["at first"] - plain["at first"])
-            pays = lost / (plain["later"] - figures["later"]) / 1e6
-        rows.append(row | {"pays from million elements x models": pays})
+                for start in STARTS:
+                    figures = _in_a_fresh_process(method, arguments.models, cache)
+                    found.setdefault((method, start), []).append(figures)
+    rows: list[dict[str, Any]] = [
+        {"method": method, "first merge": start}
+        | {f"{key} s": statistics.median(each[key] for each in measured) for key in measured[0]}
+        for (method, start), measured in found.items()
+    ]
     show(rows, as_json=arguments.json)
 
 
-def _in_a_fresh_process(method: str, start: str, models: int, cache: str) -> dict[str, float]:
+def _in_a_fresh_process(method: str, models: int, cache: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks", "startup"]
-    command += ["--child", method, start, "--models", str(models)]
-    environment = os.environ | {packages.FOLDER: cache}
+    command += ["--child", method, "--models", str(models)]
+    environment = os.environ | {"NUMBA_CACHE_DIR": cache}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
-def _in_this_process(method: str, start: str, models: int) -> dict[str, float]:
-    """Return the seconds that the first merge takes longer, and those for an element and model."""
-    inputs = candidates.tensors(models, ELEMENTS, candidates.DTYPES[DTYPE], "cpu")
-    switch = "0" if start == "not used" else "1"
-    merge = candidates.merge_with(switch, candidates.merge(candidates.methods()[method], inputs))
-    first = time.perf_counter()
-    merge()
-    first = time.perf_counter() - first
-    if any(package.code is None for package in compiled._LOADED.values()):
-        raise RuntimeError("there is no compiled code here")
-    later = _seconds(merge)
-    return {"at first": first - later, "later": later / (ELEMENTS * models)}
-
-
-def _seconds(merge: candidates.Merge) -> float:
+def _in_this_process(method: str, models: int) -> dict[str, float]:
+    """Return the seconds of the first merge, and of those after it."""
+    inputs = candidates.tensors(models, ELEMENTS, torch.bfloat16, "cpu")
+    merge = candidates.merge(candidates.methods()[method], inputs)
     times = []
-    for _ in range(8):
+    for _ in range(9):
         start = time.perf_counter()
         merge()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return {"first": times[0], "later": statistics.median(times[1:])}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mergekit_dare.kernel.buffers import Buffers
-from mergekit_dare.kernel.formula import Combine, Numbers, Steps, merge_chunk
+from mergekit_dare.kernel.formula import Combine, Job, Term, merge
+from mergekit_dare.kernel.merging import rounded
 from mergekit_dare.kernel.rounding import NARROW
 from tests.kernel.test_merging import ALL_DTYPES, BOTH
 
@@ -42,37 +42,22 @@ ELEMENTS, MODELS = 1 << 12, 3
 @ALL_DTYPES
 @pytest.mark.parametrize("by_magnitude", [False, True], ids=["uniform", "magnitude"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["sum", "normalize"])
-@pytest.mark.parametrize("equal_infinities", [False, True], ids=["finite", "infinities"])
-def test_a_chunk(
-    combine: Combine,
-    dtype: torch.dtype,
-    by_magnitude: bool,
-    normalize: bool,
-    equal_infinities: bool,
-) -> None:
-    ties = combine is Combine.TIES
+def test_a_piece(combine: Combine, dtype: torch.dtype, by_magnitude: bool, normalize: bool) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    steps = Steps(
-        combine,
-        wide,
-        by_magnitude=by_magnitude,
-        normalize=ties and normalize,
-        scale=ties,
-        stochastic=dtype in NARROW,
-        equal_infinities=equal_infinities,
-    )
-    numbers = Numbers(
-        states=[11, 22, 33, 44],
-        thresholds=[1 if by_magnitude else 20_000] * MODELS,
-        scales=[1e4] * MODELS,
-        factors=[0.5, 0.3, -0.2],
-        weights=[0.5, 0.3, -0.2],
-        lambda_=0.7,
-    )
+    ties, piece = combine is Combine.TIES, slice(0, ELEMENTS)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        tensors = [torch.empty(ELEMENTS, dtype=dtype, device="cuda") for _ in range(MODELS + 1)]
-        out = torch.empty_like(tensors[0])
-        b = Buffers.allocate(ELEMENTS, out.device, wide)
-        norm = merge_chunk(out, tensors[0], tensors[1:], numbers, steps, b)
-    assert (norm.device.type, norm.dtype) == ("cuda", wide)
+        theta_0, *thetas = (
+            torch.empty(ELEMENTS, dtype=dtype, device="cuda") for _ in range(MODELS + 1)
+        )
+        terms = [
+            Term("", k, theta, 2**63 + 11 * k, 20_000, 1e4, 0.5 - k / 3, 0.5 - k / 3)
+            for k, theta in enumerate(thetas)
+        ]
+        rounding_key = 44 if dtype in NARROW else None
+        job = Job(
+            theta_0, terms, wide, ties, ties and normalize, by_magnitude, True, 0.7, rounding_key
+        )
+        result = merge(job, piece)
+        out = rounded(result, job, piece)
+    assert (result.device.type, result.dtype) == ("cuda", wide)
     assert (out.device.type, out.dtype) == ("cuda", dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_dare.kernel import buffers, merging
+from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import mask_key
 from tests.kernel.test_merging import ALL_DTYPES, BOTH, assert_same_bits, family, models, recipe
@@ -19,7 +19,7 @@ pytestmark = [
 @BOTH
 @ALL_DTYPES
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "sum"])
-@pytest.mark.parametrize("elements", [1, 1023, 100_003, buffers.ACCELERATOR_CHUNK + 5])
+@pytest.mark.parametrize("elements", [1, 1023, 100_003, merging.ACCELERATOR_PIECE + 5])
 def test_the_bytes_of_the_cpu(
     combine: Combine, dtype: torch.dtype, normalize: bool, elements: int
 ) -> None:
@@ -57,4 +57,4 @@ def test_workspace() -> None:
         before = torch.cuda.memory_allocated()
         merged = merging.merge(base, models(tuned, 0.1, 0.5), recipe(Combine.TIES))
         peaks.append(torch.cuda.max_memory_allocated() - before - merged.nbytes)
-    assert all(peak < 200 << 20 for peak in peaks), peaks
+    assert all(peak < 400 << 20 for peak in peaks), peaks

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_dare.kernel import cpu
 from mergekit_dare.kernel.masks import (
-    MaskBuffers,
-    keep_mask,
-    keep_masks,
-    kept_lanes,
+    checksums,
+    lanes_of,
+    largest_lane,
     mask_key,
     splitmix64,
-    state_before,
     threshold,
 )
 from tests import reference
@@ -30,8 +29,10 @@ Z = 4.9
 
 
 def mask_of(key: int, density: float, count: int, start: int = 0) -> Tensor:
-    buffers = MaskBuffers.allocate(count, CPU)
-    return keep_mask(state_before(key, start), threshold(density), torch.empty(count), buffers)
+    if density == 0:
+        return torch.zeros(count)
+    lanes = lanes_of(key, slice(start, start + count), CPU)
+    return (lanes <= largest_lane(threshold(density))).float()
 
 
 def weights(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,7 +41,7 @@ def weights(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def test_published_splitmix64_outputs() -> None:
-    words = splitmix64(1234567, MaskBuffers.allocate(20, CPU))
+    words = splitmix64(1234567, slice(0, 5), CPU)
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -55,7 +56,7 @@ def test_published_splitmix64_outputs() -> None:
 @pytest.mark.parametrize("key", [0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15])
 def test_any_word_without_the_words_before_it(key: int) -> None:
     expected = reference.splitmix64(key, 1000)
-    words = splitmix64(state_before(key, 4 * 900), MaskBuffers.allocate(400, CPU))
+    words = splitmix64(key, slice(900, 1000), CPU)
     assert [word % 2**64 for word in words.tolist()] == expected[900:]
 
 
@@ -63,34 +64,6 @@ def test_any_word_without_the_words_before_it(key: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1021])
 def test_equals_the_plain_python_mask(density: float, count: int) -> None:
     assert mask_of(99, density, count).bool().tolist() == reference.keep_mask(99, density, count)
-
-
-@pytest.mark.parametrize("densities", [[0.3, 0.3], [0.001, 0.999, 0.5]], ids=["same", "different"])
-@pytest.mark.parametrize("count", [1, 3, 4, 1021])
-def test_masks_at_once_equal_those_one_by_one(densities: list[float], count: int) -> None:
-    models = len(densities)
-    keys = range(99, 99 + models)
-    together = keep_masks(
-        [state_before(key, 0) for key in keys],
-        [threshold(density) for density in densities],
-        torch.full((models, count), 7.0),
-        MaskBuffers.allocate(4 * 1024, CPU).first_of_models(count, models),
-    )
-    one_by_one = zip(keys, densities, strict=True)
-    assert torch.equal(together, torch.stack([mask_of(k, d, count) for k, d in one_by_one]))
-
-
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("t", [1, 2, 3, 255, 32767, 32768, 32769, 40_000, 65535, 65536])
-def test_lanes_compared_in_words(t: int, narrow: torch.dtype) -> None:
-    """Every lane value in every lane, beside every kind of neighbour."""
-    values = torch.arange(1 << 16, dtype=torch.int32)
-    lanes = torch.stack([values, values.flip(0), values * 7919 % 65536, 65535 - values], dim=1)
-    words = lanes.to(torch.int16).view(torch.int64).view(-1)
-    kept = kept_lanes(words, torch.tensor(t), narrow)
-    assert kept.dtype == narrow
-    signed = torch.where(lanes >= 32768, lanes - 65536, lanes)
-    assert torch.equal(kept.view(-1, 4), (signed < t - 32768).to(narrow))
 
 
 def test_a_part_of_a_mask_is_that_part() -> None:
@@ -137,7 +110,7 @@ def test_no_correlation_at_a_lag(density: float, lag: int) -> None:
 
 def test_lanes_are_uniform() -> None:
     """Chi-square over 256 classes of the high byte of each of the four lanes; false alarms 1e-6."""
-    words = splitmix64(5, MaskBuffers.allocate(1 << 23, CPU))
+    words = splitmix64(5, slice(0, 1 << 21), CPU)
     lanes = words.view(torch.int16).view(-1, 4)
     for lane in range(4):
         counts = torch.bincount((lanes[:, lane].int() + 32768) >> 8, minlength=256).double()
@@ -201,8 +174,14 @@ def test_key_depends_on_values_not_on_layout() -> None:
     assert mask_key(0, single) == mask_key(0, single.clone())
 
 
-def test_key_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = weights(1, 100_000)
-    key = mask_key(0, tensor)
-    monkeypatch.setattr("mergekit_dare.kernel.masks._FINGERPRINT_PIECE", 1 << 16)
-    assert mask_key(0, tensor) == key
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_checksums_by_loops(offset: int) -> None:
+    """Of tensors of several sizes at once, by several threads, also where no word begins."""
+    vectors = [weights(k, 1000 * k**3).bfloat16()[offset:] for k in range(1, 9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    found = cpu.checksums(vectors)
+    torch.set_num_threads(before)
+    assert found == [checksums(vector) for vector in vectors]
+    assert len(found[-1]) == (512_000 - offset) * 2 // 32768 * 8

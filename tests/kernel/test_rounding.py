@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
-from mergekit_dare.kernel.rounding import NARROW, Rounding, RoundingBuffers, round_stochastically
+from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 from tests import reference
 from tests.kernel.test_merging import (
@@ -48,9 +48,7 @@ def test_equals_exact_arithmetic(dtype: torch.dtype, wide: torch.dtype) -> None:
         torch.zeros(values.shape, dtype=torch.int64),
         torch.full(values.shape, 65535),
     ):
-        out = torch.empty(values.shape, dtype=dtype)
-        result = values.clone()
-        round_stochastically(result, lanes.to(wide), out, RoundingBuffers.allocate(result))
+        out = round_stochastically(values, lanes, dtype)
         assert bool(torch.isfinite(out).all())
         as_carry = dtype == torch.bfloat16 and wide == torch.float32
         for value, lane, rounded in zip(values, lanes, out, strict=True):
@@ -65,12 +63,8 @@ def test_what_the_dtype_holds_stays(dtype: torch.dtype) -> None:
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     every = every[~torch.isnan(every)]
     for wide in (torch.float32, torch.float64):
-        out = torch.empty_like(every)
-        lanes = torch.full(every.shape, 65535, dtype=wide)
-        result = every.to(wide)
-        space = RoundingBuffers.allocate(result)
-        round_stochastically(result, lanes, out, space, infinities=True)
-        assert_same_bits(out, every)
+        lanes = torch.full(every.shape, 65535)
+        assert_same_bits(round_stochastically(every.to(wide), lanes, dtype), every)
 
 
 @EACH_NARROW

@@ -94,7 +94,7 @@ def test_whole_rows_that_differ() -> None:
 
 def test_a_sample_will_do_for_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of several million elements is not looked at as a whole."""
-    monkeypatch.setattr(sampling, "_Pieces", None)
+    monkeypatch.setattr(sampling, "_Parts", None)
     assert scale_of(randn(0, 3_000_000), 0.1) is not None
 
 

@@ -28,10 +28,9 @@ from torch import Tensor
 
 import mergekit_dare
 from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
-from mergekit_dare.kernel import buffers, merging, recorded
+from mergekit_dare.kernel import cpu, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold
-from mergekit_dare.kernel.per_process import PerProcess
 from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
 from tests import reference
@@ -189,12 +188,11 @@ def merges(draw: st.DrawFn, values: list[float | str] = SPECIAL) -> Case:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _small_chunks() -> Any:
-    """So that most tensors span several chunks and blocks, and no buffer is large."""
+def _small_pieces() -> Any:
+    """So that most tensors span several pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "CPU_CHUNK", 16)
-        patch.setattr(recorded, "BLOCK", 8)
-        patch.setattr(recorded, "_RECORDINGS", PerProcess())
+        patch.setattr(cpu, "PIECE", 16)
+        patch.setattr(merging, "CPU_PIECE", 16)
         yield
 
 
@@ -242,7 +240,7 @@ def test_any_merge(case: Case) -> None:
 
 @cases(600)
 @given(merges(values=[]), st.randoms(use_true_random=False))
-def test_any_order_layout_chunk_and_recording(case: Case, random: Any) -> None:
+def test_any_order_layout_piece_and_engine(case: Case, random: Any) -> None:
     case.rounding = random.choice(list(Rounding))
     whole, overflow = attempt(case.merge)
     entries = list(zip(case.tuned, case.weights, case.densities, strict=True))
@@ -252,11 +250,10 @@ def test_any_order_layout_chunk_and_recording(case: Case, random: Any) -> None:
     case.densities = [density for _, _, density in entries]
     case.base = case.base.clone(memory_format=torch.contiguous_format)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "CPU_CHUNK", random.choice([4, 8, 64, 256]))
-        if random.random() < 0.5:
-            patch.setattr(recorded, "LEAST", 1)
+        for module, name in ((cpu, "PIECE"), (merging, "CPU_PIECE")):
+            patch.setattr(module, name, random.choice([4, 8, 64, 256]))
+        patch.setattr(merging, "compiled_cpu", lambda dtype: None)
         other, other_overflow = attempt(case.merge)
-    assert not any(recording.has_failed for recording in recorded._RECORDINGS.values())
     assert str(other_overflow) == str(overflow)
     if overflow is None:
         assert_same_bits(other, whole)

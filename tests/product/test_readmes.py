@@ -32,7 +32,6 @@ RUN_BY = {
     "python3 examples/reproduce_paper.py": "test_all_of_it_at_toy_size",
     "python examples/make_models.py": "test_models_are_made_and_merged",
     "python examples/evolve/search.py": "test_evolve",
-    "mergekit-dare compile": "test_the_command_makes_what_a_merge_needs",
     ".venv/bin/python -m tests.benchmarks": "a benchmark, never a test",
 }
 

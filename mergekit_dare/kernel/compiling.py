@@ -1,0 +1,101 @@
+"""How Numba compiles :mod:`mergekit_dare.kernel.loops`, and where it keeps what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+try:
+    import numba
+except Exception as error:  # an ImportError, too, where Numba does not fit numpy
+    raise ImportError(f"{error}; pip install --upgrade numba") from error
+if numba.config.DISABLE_JIT:  # loops that are not compiled take thousands of times as long
+    raise ImportError("NUMBA_DISABLE_JIT is set; take it out of the environment")
+
+LOG = logging.getLogger(__name__)
+
+_OPTIONS = {"nogil": True, "error_model": "numpy"}  # a division by 0 raises nothing
+
+
+# Of functions that compiled ones call; the latter as a part of what calls them, since a call with
+# several arrays takes 20 ns.
+loop = numba.njit(**_OPTIONS)
+inlined = numba.njit(inline="always", **_OPTIONS)
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function that Python calls, once for all processes of a user."""
+    folder = cache_folder()
+    if folder is None:
+        uncached: Callable[..., Any] = loop(function)
+        return uncached
+    before = numba.config.CACHE_DIR
+    # Else Numba would keep it beside the source, where ``pip uninstall`` leaves it behind.
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, **_OPTIONS)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+    return compiled
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Return the folder in which what was compiled is kept, or None if none can be written to.
+
+    That is NUMBA_CACHE_DIR, if it is set, else one among the user's caches. Each content of the two
+    files that make what is compiled has a folder of its own: Numba itself looks at one file's date.
+    """
+    sources = Path(__file__), Path(__file__).with_name("loops.py")
+    content = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    try:
+        folder = Path(numba.config.CACHE_DIR or _caches() / "mergekit-dare") / content
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # the latter where nobody knows the user's home
+        LOG.warning("Numba compiles anew in each process, which takes some seconds: %s", error)
+        return None
+    return folder
+
+
+def _caches() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"
+
+
+def clear_cache(*entries: Any) -> bool:
+    """Remove what is kept of functions, as it may be damaged; tell whether there was any."""
+    if cache_folder() is None:
+        return False
+    files = [file for one in entries for file in Path(one.stats.cache_path).glob("*.nb?")]
+    for file in files:
+        file.unlink(missing_ok=True)
+    return bool(files)
+
+
+@contextmanager
+def announced(seconds: float = 1.0) -> Iterator[None]:
+    """Say what takes so long, if this block takes longer than that."""
+    often = "" if cache_folder() is None else ", once on this machine"
+    said = f"Numba compiles the loops that merge, which takes some seconds{often}"
+    timer = threading.Timer(seconds, LOG.warning, (said,))
+    timer.daemon = True
+    with suppress(RuntimeError):  # no thread can be started
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

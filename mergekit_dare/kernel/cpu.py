@@ -1,0 +1,115 @@
+"""Merging on the CPU: :mod:`mergekit_dare.kernel.loops`, piece by piece, in several threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergekit_dare.kernel import compiling, loops, masks, threads
+from mergekit_dare.kernel.formula import Job
+from mergekit_dare.kernel.masks import CHECKSUM_BLOCK, address_of
+
+PIECE = 1 << 18  # elements that one thread merges before it asks for more, a multiple of 4
+SUMS = 1 << 4  # checksums that one thread makes before it asks for more
+# Elements times models, and checksums, that keep a thread busy for longer than it takes to start.
+LEAST_WORK, LEAST_SUMS = 1 << 20, 1 << 9
+
+assert CHECKSUM_BLOCK == 8 * loops.WORDS
+
+_CODES = {
+    torch.bfloat16: loops.BFLOAT16,
+    torch.float16: loops.FLOAT16,
+    torch.float32: loops.FLOAT32,
+    torch.float64: loops.FLOAT64,
+}
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile all that a merge needs whose arithmetic is of a dtype, or load it from the cache."""
+    for retry in (True, True, False):
+        try:
+            _compile_for(dtype)
+        except OSError:  # what is compiled cannot be kept, as on a full disk, but can be used
+            if not retry:
+                raise
+        except Exception:
+            if not retry or not compiling.clear_cache(loops.merge_piece, loops.sum_blocks):
+                raise
+        else:
+            return
+
+
+def _compile_for(dtype: torch.dtype) -> None:
+    wide, nothing = _wide(dtype), np.uint64(0)
+    terms, steps, one = np.empty(0, loops.TERM[wide]), (False,) * 5, wide(1)
+    with compiling.announced():
+        loops.merge_piece(nothing, nothing, 0, 0, 0, terms, steps, one, nothing, _buffers(wide))
+        loops.sum_blocks(nothing, np.empty(0, np.int64))
+
+
+def merge(job: Job, out: Tensor) -> float:
+    """Merge a tensor.
+
+    Args:
+        job: The merge.
+        out: A contiguous vector of the shape and dtype of ``job.theta_0``; becomes theta_0 +
+            lambda * D, rounded.
+
+    Returns:
+        The largest magnitude before rounding; NaN if there is a NaN.
+
+    """
+    wide = _wide(job.dtype)
+    terms = np.empty(len(job.terms), loops.TERM[wide])
+    for k, term in enumerate(job.terms):
+        address, code = address_of(term.theta), _CODES[term.theta.dtype]
+        terms[k] = address, code, term.key, term.t, term.c, term.factor, term.weight
+    to, theta_0 = np.uint64(address_of(out)), np.uint64(address_of(job.theta_0))
+    elements, dtype = out.numel(), _CODES[out.dtype]
+    stochastic = job.rounding_key is not None
+    steps = (job.ties, job.normalize, job.by_magnitude, job.rescale, stochastic)
+    lambda_, key = wide(job.lambda_), np.uint64(job.rounding_key or 0)
+    bits = np.uint64 if wide is np.float64 else np.uint32
+
+    def merge_one(start: int, keep: Any = (job, out)) -> float:  # for as long as it works on them
+        stop, buffers = min(elements, start + PIECE), _buffers(wide)
+        largest = loops.merge_piece(
+            to, theta_0, dtype, start, stop, terms, steps, lambda_, key, buffers
+        )
+        return float(bits(largest).view(wide))
+
+    # Backwards: the end of the tensors was read last, for the checksums, and may be in the cache.
+    starts = range(0, elements, PIECE)[::-1]
+    magnitudes = threads.run(merge_one, starts, elements * len(terms) // LEAST_WORK)
+    return math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes)
+
+
+def checksums(vectors: Sequence[Tensor]) -> list[bytes]:
+    """Return :func:`mergekit_dare.kernel.masks.checksums` of several vectors."""
+    if any(address_of(vector) % 8 for vector in vectors):  # no whole words there
+        return [masks.checksums(vector) for vector in vectors]
+    sums = [np.empty(vector.nbytes // CHECKSUM_BLOCK, np.int64) for vector in vectors]
+
+    def sum_some(given: tuple[int, int]) -> None:
+        k, start = given
+        address = np.uint64(address_of(vectors[k]) + start * CHECKSUM_BLOCK)
+        loops.sum_blocks(address, sums[k][start : start + SUMS])
+
+    # Side by side, as they are merged: what is read last may be in the cache still.
+    longest = max(map(len, sums), default=0)
+    parts = [(k, s) for s in range(0, longest, SUMS) for k in range(len(sums)) if s < len(sums[k])]
+    threads.run(sum_some, parts, sum(map(len, sums)) // LEAST_SUMS)
+    return [of_one.tobytes() for of_one in sums]
+
+
+def _buffers(wide: Any) -> tuple[Any, ...]:
+    return tuple(np.zeros((7, loops.BLOCK), wide))
+
+
+def _wide(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32

@@ -208,6 +208,7 @@ def inspect_document(
     """Measure the deltas of a config that has been read; as :func:`inspect_config`."""
     options = options or MergeOptions()
     _check_device(options.device)
+    planning.take_seed(options)
     mergekit_dare.register()
     with ExitStack() as stack:
         options = stack.enter_context(planning.cached_adapters(options))

@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+import torch
+from mergekit import merge_methods
 from mergekit.architecture import ModelArchitecture, get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -30,10 +32,9 @@ from mergekit_dare.diagnostics import model_files
 from mergekit_dare.diagnostics.document import Document, plain
 from mergekit_dare.diagnostics.findings import UnusableFileError
 from mergekit_dare.diagnostics.host import configuration
-from mergekit_dare.kernel.formula import SUPPORTED_DTYPES, Combine
+from mergekit_dare.kernel.formula import SUPPORTED_DTYPES
 from mergekit_dare.kernel.merging import FineTuned, Recipe
-from mergekit_dare.kernel.rounding import Rounding
-from mergekit_dare.kernel.sampling import Sampling
+from mergekit_dare.plugin.methods import DareMethod
 
 
 def plan(
@@ -127,6 +128,12 @@ def plan_single_files(
     return reference, sorted(saves, key=lambda save: save.tensor_name)
 
 
+def take_seed(options: MergeOptions) -> None:
+    """Let merges without a ``seed`` take that of ``--random-seed``, as mergekit's commands do."""
+    if options.random_seed is not None:
+        torch.manual_seed(options.random_seed)
+
+
 def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[Any, Tensor]:
     """Run what a task needs, and return its inputs by model, vocabularies aligned.
 
@@ -141,20 +148,10 @@ def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[
 
 def recipe_of(task: ExecuteMergeMethodTask) -> Recipe | None:
     """Return what is the same for all models of a task; ``None`` if it is not one of ours."""
-    methods = {f"dare_{combine.value}": combine for combine in Combine}
-    shared = dict(task.parameters.items())
-    if task.method_name not in methods or "sampling" not in shared:
+    method = merge_methods.get(task.method_name)
+    if not isinstance(method, DareMethod):
         return None
-    return Recipe(
-        methods[task.method_name],
-        task.output_weight.name,
-        shared["seed"] or 0,
-        normalize=shared["normalize"],
-        rescale=shared["rescale"],
-        lambda_=shared["lambda"],
-        sampling=Sampling(shared["sampling"]),
-        rounding=Rounding(shared["rounding"]),
-    )
+    return method.recipe(task.output_weight.name, dict(task.parameters.items()))
 
 
 def fine_tuned(

@@ -149,8 +149,7 @@ def verify(
     path = config or (out / CONFIG_FILE if out.is_dir() else out.parent / CONFIG_FILE)
     document = _choose(path, name)
     _check_method(document, out)
-    if options.random_seed is not None:
-        torch.manual_seed(options.random_seed)
+    planning.take_seed(options)
     saves = _plan(document, options)
     assert document.spec is not None  # as checked
     found = Verification(document.spec.pretty_name or document.spec.name, planned=len(saves))

@@ -206,10 +206,25 @@ class DareMethod(GroupMergeMethod):
             FineTuned(str(entry.id), entry.tensor, weights[entry.id], densities[entry.id])
             for entry in group.non_base
         ]
+        recipe = self.recipe(group.metadata.name or "", parameters)
+        merged = derivatives.merge(group.base.tensor, models, recipe)
+        if derivatives.is_plain(group.base.tensor):
+            for look in _OBSERVERS:
+                look(group.base.tensor, models, recipe.tensor_name)
+        return merged
+
+    def recipe(self, tensor_name: str, parameters: Mapping[str, Any]) -> Recipe:
+        """Return what the shared parameters ask for.
+
+        Args:
+            tensor_name: The output tensor's name.
+            parameters: Every shared parameter of :attr:`spec`.
+
+        """
         seed: int | None = parameters["seed"]
-        recipe = Recipe(
+        return Recipe(
             combine=self.combine,
-            tensor_name=group.metadata.name or "",
+            tensor_name=tensor_name,
             seed=_seed_of_torch() if seed is None else seed,
             normalize=parameters["normalize"],
             rescale=parameters["rescale"],
@@ -217,11 +232,6 @@ class DareMethod(GroupMergeMethod):
             sampling=Sampling(parameters["sampling"]),
             rounding=Rounding(parameters["rounding"]),
         )
-        merged = derivatives.merge(group.base.tensor, models, recipe)
-        if derivatives.is_plain(group.base.tensor):
-            for look in _OBSERVERS:
-                look(group.base.tensor, models, recipe.tensor_name)
-        return merged
 
 
 @cache

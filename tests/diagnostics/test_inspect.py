@@ -424,6 +424,21 @@ def test_what_rounding_leaves(tmp_path: Path) -> None:
     assert inspection.inspect_config(write(settings, tmp_path / "c.yml")).advice() == []
 
 
+def test_the_seed_of_mergekits_option(llamas: Path, tmp_path: Path) -> None:
+    """What a config without a seed is drawn with, as in a merge."""
+    changes = []
+    cases: list[tuple[dict[str, int], int | None]] = [
+        ({}, 3),
+        ({"seed": 3}, None),
+        ({"seed": 0}, 3),
+    ]
+    for given, option in cases:
+        settings = write(dare(llamas, density=0.1) | {"parameters": given}, tmp_path / "c.yml")
+        report = inspection.inspect_config(settings, MergeOptions(random_seed=option, quiet=True))
+        changes.append(report.change)
+    assert changes[0] == changes[1] != changes[2]
+
+
 def test_noise_of_both_samplings(tmp_path: Path) -> None:
     """As theory has it for Gaussian deltas at density 0.1: by magnitude 0.60 of the power."""
     base, tuned = randn(0, 200_000), randn(1, 200_000) * 0.01 + randn(0, 200_000)

@@ -16,12 +16,23 @@ from typing import Any
 
 try:
     import numba
+
+    is_switched_off = numba.config.DISABLE_JIT
 except Exception as error:  # an ImportError, too, where Numba does not fit numpy
-    raise ImportError(f"{error}; pip install --upgrade numba") from error
-if numba.config.DISABLE_JIT:  # loops that are not compiled take thousands of times as long
+    remedy = "pip install --upgrade numba, or the numpy that it asks for"
+    raise ImportError(f"{str(error).rstrip('.')}; {remedy}") from error
+if is_switched_off:  # loops that are not compiled take thousands of times as long
     raise ImportError("NUMBA_DISABLE_JIT is set; take it out of the environment")
 
 LOG = logging.getLogger(__name__)
+
+# Held while something is compiled. A fork waits for it: in the child, nobody would give Numba's own
+# lock back.
+LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
+    )
 
 _OPTIONS = {"nogil": True, "error_model": "numpy"}  # a division by 0 raises nothing
 
@@ -32,39 +43,53 @@ loop = numba.njit(**_OPTIONS)
 inlined = numba.njit(inline="always", **_OPTIONS)
 
 
-def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+def entry(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls, once for all processes of a user."""
-    folder = cache_folder()
-    if folder is None:
-        uncached: Callable[..., Any] = loop(function)
-        return uncached
+    if cache_folder() is None:
+        return loop(function)
     before = numba.config.CACHE_DIR
     # Else Numba would keep it beside the source, where ``pip uninstall`` leaves it behind.
-    numba.config.CACHE_DIR = str(folder)
+    numba.config.CACHE_DIR = str(cache_folder())
     try:
-        compiled: Callable[..., Any] = numba.njit(cache=True, **_OPTIONS)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     finally:
         numba.config.CACHE_DIR = before
-    return compiled
 
 
 @cache
 def cache_folder() -> Path | None:
     """Return the folder in which what was compiled is kept, or None if none can be written to.
 
-    That is NUMBA_CACHE_DIR, if it is set, else one among the user's caches. Each content of the two
-    files that make what is compiled has a folder of its own: Numba itself looks at one file's date.
+    That is NUMBA_CACHE_DIR, if it is set, else one among the user's caches. All that decides what
+    is compiled names a folder of its own, as Numba itself looks at one file's date: the content of
+    this file and of the loops, and Numba's settings.
     """
     sources = Path(__file__), Path(__file__).with_name("loops.py")
-    content = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
+    for unrelated in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
+        settings.pop(unrelated, None)
+    decides = [
+        *(source.read_text(encoding="utf-8") for source in sources),
+        sorted(settings.items()),
+    ]
+    content = hashlib.sha256(repr([numba.__version__, *decides]).encode()).hexdigest()[:12]
     try:
         folder = Path(numba.config.CACHE_DIR or _caches() / "mergekit-dare") / content
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # the latter where nobody knows the user's home
-        LOG.warning("Numba compiles anew in each process, which takes some seconds: %s", error)
+        warn_of_no_cache(error)
         return None
     return folder
+
+
+def warn_of_no_cache(error: Exception) -> None:
+    """Say why what is compiled cannot be kept, and what helps."""
+    LOG.warning(
+        "Numba compiles anew in each process, for some seconds, unless NUMBA_CACHE_DIR names a "
+        "folder that can be written to: %s",
+        error,
+    )
 
 
 def _caches() -> Path:

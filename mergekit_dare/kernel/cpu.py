@@ -31,25 +31,23 @@ _CODES = {
 
 def compile_for(dtype: torch.dtype) -> None:
     """Compile all that a merge needs whose arithmetic is of a dtype, or load it from the cache."""
-    for retry in (True, True, False):
-        try:
-            _compile_for(dtype)
-        except OSError:  # what is compiled cannot be kept, as on a full disk, but can be used
-            if not retry:
-                raise
-        except Exception:
-            if not retry or not compiling.clear_cache(loops.merge_piece, loops.sum_blocks):
-                raise
-        else:
-            return
-
-
-def _compile_for(dtype: torch.dtype) -> None:
     wide, nothing = _wide(dtype), np.uint64(0)
     terms, steps, one = np.empty(0, loops.TERM[wide]), (False,) * 5, wide(1)
-    with compiling.announced():
-        loops.merge_piece(nothing, nothing, 0, 0, 0, terms, steps, one, nothing, _buffers(wide))
-        loops.sum_blocks(nothing, np.empty(0, np.int64))
+    for tries in (2, 1, 0):
+        try:
+            with compiling.LOCK, compiling.announced():
+                numbers = terms, steps, one, nothing
+                loops.merge_piece(nothing, nothing, 0, 0, 0, *numbers, _buffers(wide))
+                loops.sum_blocks(nothing, np.empty(0, np.int64))
+            return
+        except OSError as error:  # what is compiled cannot be kept, as on a full disk
+            if not tries:
+                raise
+            if tries == 1:
+                compiling.warn_of_no_cache(error)
+        except Exception:
+            if not tries or not compiling.clear_cache(loops.merge_piece, loops.sum_blocks):
+                raise
 
 
 def merge(job: Job, out: Tensor) -> float:

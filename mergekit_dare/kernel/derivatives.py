@@ -7,6 +7,7 @@ of those.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,9 +27,15 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     The values are those of ``merging.merge`` to the bit, and it raises the same errors.
 
     Raises:
-        RuntimeError: inside of ``torch.func.vmap``, which has no whole tensors to draw for.
+        RuntimeError: inside of ``torch.func.vmap``, which has no whole tensors to draw for, and of
+            what records operations of torch to repeat them with other tensors.
 
     """
+    if torch.jit.is_tracing() or _is_recorded_by_fx():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "a merge with DARE cannot be recorded by torch.jit.trace or make_fx: what is dropped "
+            "depends on the tensors themselves"
+        )
     tensors = [base, *(model.tensor for model in models)]
     asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     asked = asked or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -40,10 +47,20 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
         plain = [replace(m, tensor=theta) for m, theta in zip(models, thetas, strict=True)]
         found.append(merging.merge_and_plan(base, plain, recipe))
 
-    _Look.apply(look, *tensors)  # type: ignore[no-untyped-call]
+    try:
+        _Look.apply(look, *tensors)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "Functionalize" not in str(error):
+            raise
+        raise RuntimeError("torch.func.functionalize cannot go around a merge with DARE") from error
     ((merged, job),) = found
     with threads.single():
         return _differentiable(job, base, models, merged) if asked else merged
+
+
+def _is_recorded_by_fx() -> bool:
+    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # whoever records has it
+    return recorder is not None and recorder.get_proxy_mode() is not None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -65,10 +82,6 @@ class _Look(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

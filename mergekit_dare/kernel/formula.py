@@ -61,13 +61,11 @@ class Term(NamedTuple):
         model: Its number among those that were given.
         theta: theta_k as a contiguous vector.
         key: The key of m_k.
-        t: d_k in units of 1 / 65536, from 1 to 65536; by magnitude the least T_k: 1, or 65536 for a
-            model that keeps all.
+        t: d_k in units of 1 / 65536, from 1 to 65536; by magnitude the least T_k.
         c: c_k in units of 1 / 65536; by magnitude only.
         factor: w_k, with uniform sampling divided by d_k unless rescale is false; for linear also
-            times lambda and divided by the sum of weights, which are the same for all elements.
-        weight: w_k; for a normalized TIES merge in units in which the largest is about 1, which
-            changes no quotient.
+            times lambda and divided by the sum of weights.
+        weight: w_k; for a normalized TIES merge in units in which the largest is about 1.
 
     """
 
@@ -111,13 +109,7 @@ class Job(NamedTuple):
 def merge(job: Job, piece: slice) -> Tensor:
     """Return theta_0 + lambda D, not yet rounded.
 
-    Args:
-        job: The merge.
-        piece: The elements to merge; begins at a multiple of 4.
-
-    Returns:
-        A vector of dtype ``job.dtype``.
-
+    ``piece`` begins at a multiple of 4; the result is a vector of dtype ``job.dtype``.
     """
     theta_0 = job.theta_0[piece].to(job.dtype)
     total = magnitudes = votes = weights = torch.zeros_like(theta_0)
@@ -148,9 +140,8 @@ def sparsify(term: Term, theta_0: Tensor, piece: slice, job: Job) -> tuple[Tenso
     if not job.by_magnitude:
         return lanes <= largest_lane(term.t), delta
     t = (delta.abs() * term.c).ceil().clamp(term.t, LANE_VALUES)
-    return lanes.to(job.dtype) + LANE_VALUES / 2 < t, delta / (
-        t / LANE_VALUES
-    ) if job.rescale else delta
+    m = lanes.to(job.dtype) + LANE_VALUES / 2 < t
+    return m, delta / (t / LANE_VALUES) if job.rescale else delta
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -56,7 +56,7 @@ def largest_lane(t: int) -> int:
 def mask_key(
     seed: int, tensor: Tensor, *, shape: Sequence[int] | None = None, sums: bytes | None = None
 ) -> int:
-    """Return the 64-bit key of a fine-tuned tensor's mask.
+    """Return the 64-bit key of a fine-tuned tensor's mask: the first 8 bytes of a BLAKE2b hash.
 
     The tensor's values are a part of it, so that models get independent masks wherever they
     stand in a config, and so that a merge of merges draws anew.
@@ -66,9 +66,6 @@ def mask_key(
         tensor: The fine-tuned tensor: any shape, strides, floating-point dtype and device.
         shape: Its shape, where ``tensor`` is the vector of its elements.
         sums: Its :func:`checksums`, if they are known.
-
-    Returns:
-        The first 8 bytes of a BLAKE2b hash, little-endian.
 
     """
     header = (seed, str(tensor.dtype), tuple(tensor.shape if shape is None else shape))

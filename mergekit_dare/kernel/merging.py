@@ -113,11 +113,9 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
 
 def merge_and_plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> tuple[Tensor, Job]:
     """Merge as :func:`merge` does, and return what was done, too."""
-    for name, tensor in (
-        ("the base model", base),
-        *((f"model {m.name}", m.tensor) for m in models),
-    ):
-        _check(name, tensor, base, recipe)
+    _check("the base model", base, base, recipe)
+    for model in models:
+        _check(f"model {model.name}", model.tensor, base, recipe)
     job = plan(base, models, recipe)
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     out = merged.view(-1)
@@ -147,13 +145,10 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
         theta_0, *thetas = (_vector(tensor) for tensor in (base, *(m.tensor for _, m in used)))
         dtype = _wide_dtype(theta_0, *thetas)
         sums = _checksums([*thetas, theta_0] if stochastic else thetas, dtype)
-        keys = [
-            mask_key(recipe.seed, theta, shape=base.shape, sums=of_theta)
-            for theta, of_theta in zip(thetas, sums, strict=False)
-        ]
         weight_unit, factor_unit = _units(models, recipe)
         terms = []
-        for (k, model), theta, key in zip(used, thetas, keys, strict=True):
+        for (k, model), theta, of_theta in zip(used, thetas, sums, strict=False):
+            key = mask_key(recipe.seed, theta, shape=base.shape, sums=of_theta)
             t, c, rescale = threshold(model.density), 0.0, 1.0
             if by_magnitude:
                 wide = _wide_dtype(theta_0, theta)

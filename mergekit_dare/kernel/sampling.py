@@ -60,10 +60,9 @@ def magnitude_scale(
 ) -> float | None:
     """Return c in units of 1 / 65536, so that T = ceil(c |delta|), at most 65536.
 
-    The mean of T / 65536 is within 1 % of the density for tensors of 65,536 elements and more, of
-    light or heavy tails, and within 10 % where one element in a thousand differs from 0. The mean
-    of a smaller tensor is met as well as its few elements allow; since no delta is dropped for
-    certain, densities of few units of 1 / 65536 are exceeded.
+    The mean of T / 65536 is within 1 % of the density for tensors of 65,536 elements and more, and
+    within 10 % where one element in a thousand differs from 0; in a smaller tensor, as its few
+    elements allow. No delta is dropped for certain, so densities of few units are exceeded.
 
     Args:
         theta: theta_k: shape (elements,).

@@ -29,7 +29,8 @@ def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
     Args:
         work: Takes a piece; it runs in several threads at once.
         pieces: What is to be done.
-        most: At most so many threads, and at most :func:`count`.
+        most: At most so many threads, and no more than torch has (``torch.set_num_threads``,
+            mergekit's ``-j``, OMP_NUM_THREADS) and than there are :func:`cores` for this process.
 
     Returns:
         What each call returned, in the order of the pieces.
@@ -41,7 +42,9 @@ def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
 
     """
     supply = deque(enumerate(pieces))
-    others = min(most, len(supply), count() if most > 1 else 1) - 1
+    others = min(most, len(supply)) - 1
+    if others > 0:
+        others = min(others, torch.get_num_threads() - 1, cores() - 1)
     if others < 1:
         return [work(piece) for _, piece in supply]
     results: dict[int, R] = {}
@@ -69,14 +72,6 @@ def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
         finally:  # this thread may have been interrupted, wherever it was
             supply.clear()
     return [results[number] for number in sorted(results)]
-
-
-def count() -> int:
-    """Return how many threads suit: as many as torch has, and as there are cores for us.
-
-    torch's number is what ``torch.set_num_threads``, mergekit's ``-j`` and OMP_NUM_THREADS set.
-    """
-    return max(1, min(torch.get_num_threads(), cores()))
 
 
 @contextmanager
@@ -122,9 +117,8 @@ def _quota(
 
 def _quota_of(group: Path) -> list[float]:
     """Read a cgroup's quota, of version 2 or 1: microseconds of time in microseconds."""
-    if (group / "cpu.max").exists():
-        time, period = (group / "cpu.max").read_text().split()
-    else:
-        time = (group / "cpu.cfs_quota_us").read_text()
-        period = (group / "cpu.cfs_period_us").read_text()
+    files = (
+        ["cpu.max"] if (group / "cpu.max").exists() else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    )
+    time, period = " ".join((group / file).read_text() for file in files).split()
     return [] if time == "max" or int(time) <= 0 else [int(time) / int(period)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -194,7 +193,7 @@ class DareMethod(GroupMergeMethod):
             ValueError: see :func:`mergekit_dare.kernel.merging.merge`.
 
         """
-        if "torch._dynamo" in sys.modules:  # somebody compiles, perhaps what calls us
+        if torch.compiler.is_compiling():  # what calls us
             return _merge_uncompiled()(self, group, parameters)
         return self._merge(group, parameters)
 

@@ -121,6 +121,51 @@ def test_without_numba(
     assert len(merged.stderr.splitlines()) == 1
 
 
+def test_settings_of_numba_have_a_cache_of_their_own(
+    warm: tuple[Path, str], tmp_path: Path
+) -> None:
+    """One merge without optimization must not make all others slow."""
+    slow = merge(tmp_path, NUMBA_OPT="0", NUMBA_DEVELOPER_MODE="0")
+    assert slow.stdout == warm[1]
+    assert "Numba compiles the loops" in merge(tmp_path).stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_disk(warm: tuple[Path, str], tmp_path: Path) -> None:
+    """What is compiled is used, though it cannot be kept."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n{PROGRAM}"
+    ignored = f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{limited}"
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    merged = run_command(sys.executable, "-c", ignored, check=True, cwd=None, **home)
+    assert merged.stdout == warm[1]
+    assert merged.stderr.count("compiles anew in each process") == 1
+    assert "File too large" in merged.stderr
+    assert "without Numba" not in merged.stderr
+
+
+def test_a_fork_waits_for_what_is_being_compiled(warm: tuple[Path, str], tmp_path: Path) -> None:
+    forks = (
+        PROGRAM.partition("for _ in")[0]
+        + """
+import os, signal, threading, time
+tensors = [base, base + 1 / 128]  # in the child, torch itself would wait for its threads
+def merge():
+    merge_tensors(tensors, "dare_ties", parameters=parameters, base_index=0)
+other = threading.Thread(target=merge)
+other.start()
+time.sleep(1)
+if os.fork() == 0:
+    signal.alarm(60)
+    merge()
+    os._exit(7)
+other.join()
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    )
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    assert run_command(sys.executable, "-c", forks, check=True, cwd=None, **home).stdout == "7\n"
+
+
 def test_several_processes_compile_at_once(warm: tuple[Path, str], tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         merged = [*pool.map(lambda _: merge(tmp_path), range(3))]

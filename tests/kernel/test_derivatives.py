@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergekit_dare.kernel import derivatives, merging
 from mergekit_dare.kernel.formula import Combine
@@ -190,6 +191,20 @@ def test_functional_transforms() -> None:
     assert torch.equal(pushed, expected)
     with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(merge)(torch.stack([tuned, tuned]))
+
+
+def test_what_cannot_go_around_a_merge() -> None:
+    base, (tuned,) = family(1, 40)
+
+    def merge(theta: torch.Tensor) -> torch.Tensor:
+        return derivatives.merge(base, models([theta], 0.5, 0.5), recipe(Combine.LINEAR))
+
+    with pytest.raises(RuntimeError, match="functionalize cannot go around a merge with DARE"):
+        torch.func.functionalize(merge)(tuned)
+    with pytest.raises(RuntimeError, match="cannot be recorded by"):
+        make_fx(merge)(tuned)
+    with pytest.raises(RuntimeError, match="cannot be recorded by"):
+        torch.jit.trace(merge, tuned)
 
 
 TRANSFORMS: dict[str, Callable[..., Callable[..., torch.Tensor]]] = {

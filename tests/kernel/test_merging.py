@@ -576,7 +576,7 @@ def peak_beside_output(base: Tensor, entries: list[FineTuned], settings: Recipe)
     tracemalloc.start()
     with torch.profiler.profile(profile_memory=True) as profile:
         merged = merging.merge(base, entries, settings)
-    _, of_numpy = tracemalloc.get_traced_memory()
+        _, of_numpy = tracemalloc.get_traced_memory()  # before the profiler's own
     tracemalloc.stop()
     live = peak = 0
     for event in profile.profiler.kineto_results.events():

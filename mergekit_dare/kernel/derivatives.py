@@ -60,7 +60,10 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
 
 def _is_recorded_by_fx() -> bool:
     recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # whoever records has it
-    return recorder is not None and recorder.get_proxy_mode() is not None
+    for name in ("get_proxy_mode", "get_innermost_proxy_mode"):  # the latter before torch 2.5
+        if hasattr(recorder, name):
+            return getattr(recorder, name)() is not None
+    return False
 
 
 def is_plain(tensor: Tensor) -> bool:

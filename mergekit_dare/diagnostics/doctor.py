@@ -80,7 +80,9 @@ def _numba() -> Line:
     try:
         from mergekit_dare.kernel import compiling, loops  # noqa: F401
     except ImportError as error:
-        return Line(name, "not used, so merges on a CPU take ten times as long", f"{error}.")
+        return Line(
+            name, "not used, so merges on a CPU take twenty times as long and more", f"{error}."
+        )
     folder = compiling.cache_folder()
     if folder is None:
         remedy = "Let NUMBA_CACHE_DIR name a folder that can be written to."

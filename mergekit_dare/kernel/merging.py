@@ -230,7 +230,9 @@ def compiled_cpu(dtype: torch.dtype) -> ModuleType | None:
 
 @cache
 def _warn_once(reason: str) -> None:
-    LOG.warning("merging on the CPU without Numba, which takes ten times as long: %s", reason)
+    LOG.warning(
+        "merging on the CPU without Numba, which takes twenty times as long and more: %s", reason
+    )
 
 
 def _checksums(vectors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[bytes | None]:

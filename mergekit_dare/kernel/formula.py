@@ -117,8 +117,10 @@ def merge(job: Job, piece: slice) -> Tensor:
         m, delta = sparsify(term, theta_0, piece, job)
         hat = delta * term.factor * m
         if job.ties:
-            hat = torch.where(hat == 0, 0, hat)  # it has no sign, so its derivative is 0
-            magnitudes = magnitudes + hat.sign() * hat
+            sign = hat.sign()
+            magnitude = sign * hat
+            magnitudes = magnitudes + magnitude
+            hat = sign * magnitude  # the same, but where it is 0, its derivative is 0, too
         if job.normalize:
             vote = delta.sign() * m
             votes, weights = votes + vote * abs(term.weight), weights + vote.abs() * term.weight
@@ -138,9 +140,9 @@ def sparsify(term: Term, theta_0: Tensor, piece: slice, job: Job) -> tuple[Tenso
     delta = torch.where((theta == theta_0) & theta.isinf(), 0, theta - theta_0)
     lanes = lanes_of(term.key, piece, theta_0.device)
     if not job.by_magnitude:
-        return lanes <= largest_lane(term.t), delta
+        return (lanes <= largest_lane(term.t)).to(job.dtype), delta
     t = (delta.abs() * term.c).ceil().clamp(term.t, LANE_VALUES)
-    m = lanes.to(job.dtype) + LANE_VALUES / 2 < t
+    m = (lanes.to(job.dtype) + LANE_VALUES / 2 < t).to(job.dtype)
     return m, delta / (t / LANE_VALUES) if job.rescale else delta
 
 

@@ -124,3 +124,5 @@ def announced(seconds: float = 1.0) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        if timer.ident is not None:  # it was started
+            timer.join()

@@ -90,7 +90,8 @@ def merge(job: Job, out: Tensor) -> float:
 def checksums(vectors: Sequence[Tensor]) -> list[bytes]:
     """Return :func:`mergekit_dare.kernel.masks.checksums` of several vectors."""
     if any(address_of(vector) % 8 for vector in vectors):  # no whole words there
-        return [masks.checksums(vector) for vector in vectors]
+        with threads.single():
+            return [masks.checksums(vector) for vector in vectors]
     sums = [np.empty(vector.nbytes // CHECKSUM_BLOCK, np.int64) for vector in vectors]
 
     def sum_some(given: tuple[int, int]) -> None:

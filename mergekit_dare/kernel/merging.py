@@ -143,8 +143,9 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
     stochastic = recipe.rounding is Rounding.STOCHASTIC and base.dtype in NARROW and bool(used)
     with threads.single():
         theta_0, *thetas = (_vector(tensor) for tensor in (base, *(m.tensor for _, m in used)))
-        dtype = _wide_dtype(theta_0, *thetas)
-        sums = _checksums([*thetas, theta_0] if stochastic else thetas, dtype)
+    dtype = _wide_dtype(theta_0, *thetas)
+    sums = _checksums([*thetas, theta_0] if stochastic else thetas, dtype)  # in our threads
+    with threads.single():
         weight_unit, factor_unit = _units(models, recipe)
         terms = []
         for (k, model), theta, of_theta in zip(used, thetas, sums, strict=False):

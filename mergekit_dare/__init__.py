@@ -31,7 +31,7 @@ def register() -> bool:
 
     registered = registration.register()
     if registration.is_active():
-        from mergekit_dare.diagnostics.range_watch import WATCH
+        from mergekit_dare.diagnostics.deltas.range_watch import WATCH
         from mergekit_dare.plugin import methods
 
         methods.observe(WATCH.look)

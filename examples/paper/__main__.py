@@ -14,7 +14,8 @@ import yaml
 from mergekit.options import MergeOptions
 from transformers.utils import logging
 
-from mergekit_dare.diagnostics import inspect_plot, inspect_report, inspection
+from mergekit_dare.commands import inspect_plot, inspect_text
+from mergekit_dare.diagnostics.deltas import inspection
 from paper import measure, merges, models, report, tasks
 from paper.report import Measured
 from paper.settings import FULL, TOY, Settings
@@ -85,7 +86,7 @@ def _inspect(folder: Path, names: list[str], results: Path) -> dict[str, str]:
     by_name = {name: found.models[str(folder / name)] for name in names}
     found = inspection.Report(by_name, pairs={})
     inspect_plot.plot(found, str(results / "deltas.png"))
-    as_json = inspect_report.as_json(found)["models"]
+    as_json = inspect_text.as_json(found)["models"]
     (results / "inspect.json").write_text(json.dumps(as_json, indent=1) + "\n")
     return {name: str(as_json[name]["verdict"]) for name in names}
 

@@ -1,5 +1,7 @@
-"""Know before, while and after you merge: check, inspect, doctor, and the watch while merging.
+"""Know before, while and after you merge: what is found out, by subject.
 
-May import the wings ``plugin`` and ``kernel``, which never import this one; nothing here is
-imported at Python's start-up.
+``config``, ``models``, ``plan`` and ``deltas`` are rooms of which each uses those before it. Above
+them: ``checking`` runs the rules of all, ``suggestion`` writes a config, ``verification`` merges
+again. May import the wings ``plugin`` and ``kernel``, which never import this one; what a user
+reads and which exit code it is lies in ``commands``. Nothing here is imported at Python's start-up.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -10,11 +12,15 @@ _LONGEST_TEXT = 120
 
 
 class UnusableFileError(Exception):
-    """The file is no config: it cannot be read, is not YAML, or holds something else."""
+    """A file that cannot be used: it cannot be read, or does not hold what it should."""
 
 
 class Severity(Enum):
-    """How bad it is: the merge fails or is not the one that is written; or may be not; or a tip."""
+    """How bad a finding is.
+
+    An error: the merge fails, or it is not the merge that the config describes. A warning: that
+    may be so. A hint: the merge is as described, and could be better.
+    """
 
     ERROR = "error"
     WARNING = "warning"
@@ -31,6 +37,7 @@ class Finding:
         line: Counted from 1.
         text: What stands there.
         message: What is wrong with it, and what to write instead.
+        rule: The id of the rule that found it; empty if no rule did.
 
     """
 
@@ -39,11 +46,13 @@ class Finding:
     line: int
     text: str
     message: str
+    rule: str = ""
 
     def __str__(self) -> str:
-        """Return ``FILE:LINE: SEVERITY: TEXT: MESSAGE``."""
+        """Return ``FILE:LINE: SEVERITY: TEXT: MESSAGE [RULE]``."""
         text = f"{self.text}: " if self.text else ""
-        return f"{self.file}:{self.line}: {self.severity.value}: {text}{self.message}"
+        rule = f" [{self.rule}]" if self.rule else ""
+        return f"{self.file}:{self.line}: {self.severity.value}: {text}{self.message}{rule}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the attributes as JSON takes them."""
@@ -64,3 +73,14 @@ def without_middle(line: str) -> str:
     """Return a line as it stands, without its middle if it is long."""
     half = _LONGEST_TEXT // 2
     return line if len(line) <= _LONGEST_TEXT else f"{line[:half]} ... {line[-half:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's message on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean KNOWN?`` if one of them is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

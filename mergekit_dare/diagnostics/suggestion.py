@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_dare.diagnostics import compatibility, files_check, inspection
-from mergekit_dare.diagnostics.config_check import check_documents
-from mergekit_dare.diagnostics.document import Document, parse
+from mergekit_dare.diagnostics import checking
+from mergekit_dare.diagnostics.config.document import Document
+from mergekit_dare.diagnostics.config.reading import parse
+from mergekit_dare.diagnostics.deltas import inspection
+from mergekit_dare.diagnostics.deltas.excerpts import DTYPES
+from mergekit_dare.diagnostics.examination import Examination
 from mergekit_dare.diagnostics.findings import Finding, Severity
-from mergekit_dare.diagnostics.host import configuration
-from mergekit_dare.diagnostics.model_files import ModelFiles
-from mergekit_dare.diagnostics.samples import DTYPES
+from mergekit_dare.diagnostics.models.compatibility import helpful_settings
+from mergekit_dare.diagnostics.models.files import looks_like_the_hubs
 
 SEED = 42
 # What is written where nothing was measured.
@@ -62,25 +63,17 @@ def suggest(
 
     """
     unknown = [Setting(UNKNOWN_DENSITY, "") for _ in models]
-    document = _parse(_text(base, models, method, unknown, {}))
-    examined, _ = files_check.examine(document, set())
-    shared: dict[str, Setting] = {}
-    try:
-        config = configuration(document)
-    except Exception:  # check says why
-        return Suggestion(findings=check_documents([document], files=True))
-    if (dtype := _dtype(config, examined)) is not None:
-        shared["dtype"] = Setting(dtype, "as the models are stored")
-    words = {"tokenizer_source": "union", "chat_template": "auto"}
-    for key, reason in compatibility.helpful_settings(config, examined).items():
-        shared[key] = Setting(words[key], reason)
+    draft = Examination(_parse(_text(base, models, method, unknown, {})), options)
+    shared = _shared_settings(draft)
     document = _parse(_text(base, models, method, unknown, shared))
-    findings = check_documents([document], files=True)
+    examination = Examination(document, options, draft.models)
+    findings = checking.check([examination], files=True)
     if any(finding.severity is Severity.ERROR for finding in findings):
         return Suggestion(findings=findings)
-    densities = _densities(document, models, examined, options)
-    text = _text(base, models, method, densities, shared)
-    return Suggestion(text, check_documents([_parse(text)], files=True))
+    of_draft = checking.check([examination])
+    of_models = [finding for finding in findings if finding not in of_draft]
+    text = _text(base, models, method, _densities(examination, models), shared)
+    return Suggestion(text, checking.check([Examination(_parse(text))]) + of_models)
 
 
 def _parse(text: str) -> Document:
@@ -88,27 +81,35 @@ def _parse(text: str) -> Document:
     return document
 
 
-def _dtype(config: MergeConfiguration, examined: dict[ModelReference, ModelFiles]) -> str | None:
-    """Return the dtype that most of the base's tensors have."""
-    base = examined.get(config.base_model) if config.base_model else None
-    if base is None:
-        return None
-    counts = Counter(t.dtype for t in base.tensors.values() if t.dtype in DTYPES)
+def _shared_settings(draft: Examination) -> dict[str, Setting]:
+    """Return what the models need beside weights and densities."""
+    try:
+        comparisons = draft.comparisons
+    except Exception:  # mergekit refuses the config: check says why
+        return {}
+    shared: dict[str, Setting] = {}
+    if (dtype := _dtype(draft)) is not None:
+        shared["dtype"] = Setting(dtype, "as the models are stored")
+    words = {"tokenizer_source": "union", "chat_template": "auto"}
+    for key, reason in helpful_settings(comparisons).items():
+        shared[key] = Setting(words[key], reason)
+    return shared
+
+
+def _dtype(draft: Examination) -> str | None:
+    """Return the dtype that most of the base model's tensors have."""
+    assert draft.config.base_model is not None  # a suggestion names one
+    stored = draft.models[draft.config.base_model].files.tensors.values()
+    counts = Counter(tensor.dtype for tensor in stored if tensor.dtype in DTYPES)
     return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.") if counts else None
 
 
-def _densities(
-    document: Document,
-    models: Sequence[str],
-    examined: dict[ModelReference, ModelFiles],
-    options: MergeOptions | None,
-) -> list[Setting]:
-    """Measure a sample of the deltas, and say what density suits each model."""
-    if any(files.download for files in examined.values()):
+def _densities(examination: Examination, models: Sequence[str]) -> list[Setting]:
+    """Measure excerpts of the deltas, and say what density suits each model."""
+    if any(named.model.files.download for named in examination.named_models):
         reason = "not measured, as its weights are not on this machine: see mergekit-dare inspect"
         return [Setting(UNKNOWN_DENSITY, reason) for _ in models]
-    report = inspection.inspect_document(document, options)
-    verdicts = report.verdicts()
+    verdicts = inspection.inspect(examination).verdicts()
     of_models = [verdicts[str(ModelReference.parse(_named(model)))] for model in models]
     return [
         Setting(verdict.density, f"{verdict.sentence}: {verdict.reason}") for verdict in of_models
@@ -141,7 +142,7 @@ def _text(
 
 def _named(model: str) -> str:
     """Return a folder's name so that it cannot be one of the hub."""
-    return f"./{model}" if files_check.looks_like_the_hubs(model) else model
+    return f"./{model}" if looks_like_the_hubs(model) else model
 
 
 def _line(key: str, setting: Setting) -> str:

@@ -62,9 +62,9 @@ def cache_folder() -> Path | None:
 
     That is NUMBA_CACHE_DIR, if it is set, else one among the user's caches. All that decides what
     is compiled names a folder of its own, as Numba itself looks at one file's date: the content of
-    this file and of the loops, and Numba's settings.
+    this file, of the loops and of their numbers, and Numba's settings.
     """
-    sources = Path(__file__), Path(__file__).with_name("loops.py")
+    sources = [Path(__file__).with_name(f"{n}.py") for n in ("compiling", "loops", "numbers")]
     settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
     for unrelated in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
         settings.pop(unrelated, None)

@@ -9,18 +9,30 @@ between two numbers, so that LLVM makes vector instructions of it; and none has 
 reduction, which it may not reorder, so the largest magnitude is found among bits. Without
 ``fastmath`` nothing is contracted or reordered, hence the same bytes on every machine.
 
-All that these loops call stands in this file, whose content names the folder of Numba's cache
-(:mod:`mergekit_dare.kernel.compiling`). Numba infers the types of what it calls.
+All that these loops call stands in this file and in ``numbers``, whose contents name the folder of
+Numba's cache (:mod:`mergekit_dare.kernel.compiling`). Numba infers the types of what it calls.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import carray
 
 from mergekit_dare.kernel.compiling import entry, inlined, loop
+from mergekit_dare.kernel.numbers import (
+    F32,
+    I16,
+    U16,
+    U32,
+    U64,
+    ZERO,
+    difference,
+    magnitude_bits,
+    narrow,
+    pointer,
+    power_of_two,
+    widen,
+)
 
 # Elements in a block, a multiple of 4. Larger ones leave the cache, smaller ones spend more time
 # between the loops.
@@ -40,10 +52,8 @@ TERM = {
     for wide in (np.float32, np.float64)
 }
 
-U16, U32, U64, I16 = np.uint16, np.uint32, np.uint64, np.int16
-F32, F64 = np.float32, np.float64
 # In a loop over float64, a float32 constant becomes float64; an integer would make float32 wider.
-ZERO, HALF, ONE, INFINITY = F32(0), F32(0.5), F32(1), F32(np.inf)
+HALF, ONE, INFINITY = F32(0.5), F32(1), F32(np.inf)
 LANES, SIGN = F32(1 << 16), F32(1 << 15)
 GAMMA = U64(0x9E3779B97F4A7C15)
 # eps, the least normal number and the largest.
@@ -179,111 +189,6 @@ def round_to_neighbour(n, out, result, lanes, limits):
         rest = np.rint((units - below) * LANES)
         up = ONE if F32(lanes[i]) + SIGN < rest else ZERO
         out[i] = narrow((below - (ZERO - up)) * unit, out)  # 0 is subtracted, so -0.0 stays
-
-
-# -- numbers ---------------------------------------------------------------------------------------
-
-
-def difference(x, y):
-    """Return x - y, which is 0 where both are equal, though infinite."""
-    return x - y if x != y else ZERO
-
-
-def from_bfloat16(x):
-    """bfloat16 is the upper half of float32."""
-    return U32(U32(x) << U32(16)).view(F32)
-
-
-def to_bfloat16(x, out):
-    """Round to nearest, half to even."""
-    bits = F32(x).view(U32)
-    return U16((bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16))
-
-
-def from_float16(x):
-    """Move the bits into place, and change the exponent's bias.
-
-    Subnormal numbers are found from normal ones alone, as a processor may be set to flush others.
-    """
-    magnitude = U32(U32(x & I16(0x7FFF)) << U32(13))
-    normal = U32(magnitude + U32(112 << 23))
-    subnormal = F32(U32(magnitude + U32(113 << 23)).view(F32) - F32(2.0**-14)).view(U32)
-    finite = normal if magnitude >= U32(1 << 23) else subnormal
-    wide = finite if magnitude < U32(0x0F800000) else U32(0x7F800000)
-    return U32(wide | (U32(x) & U32(0x8000)) << U32(16)).view(F32)
-
-
-def to_float16(x, out):
-    """Round to nearest, half to even."""
-    bits = F32(x).view(U32)
-    magnitude = U32(bits & U32(0x7FFFFFFF))
-    odd = (magnitude >> U32(13)) & U32(1)
-    # Numba's sums of uint32 are uint64: made uint32 again, they do not keep vectors half as wide.
-    normal = U32(magnitude + U32(0xFFF) + odd - U32(112 << 23)) >> U32(13)
-    # 0.5 has units of 2**-24, as subnormal numbers in float16 have.
-    subnormal = U32(F32(magnitude.view(F32) + HALF).view(U32) - U32(0x3F000000))
-    finite = normal if magnitude >= U32(0x38800000) else subnormal
-    rounded = finite if magnitude < U32(0x477FF000) else U32(0x7C00)
-    return I16(rounded | (bits >> U32(16)) & U32(0x8000))
-
-
-def widen(x):
-    """Return a stored number as float32 or float64; uint16 holds bfloat16, and int16 float16."""
-
-
-def narrow(x, out):
-    """Return a number as the array ``out`` stores it, rounded to nearest."""
-
-
-def magnitude_bits(x):
-    """Return the bits of |x|, which are in the order of the numbers; NaN comes last."""
-
-
-def power_of_two(x):
-    """Return the power of two below |x|: its bits without those of the fraction."""
-
-
-@overload(difference)
-def _difference(x, y):
-    return difference
-
-
-@overload(widen)
-def _widen(x):
-    return {types.uint16: from_bfloat16, types.int16: from_float16}.get(x, lambda x: x)
-
-
-@overload(narrow)
-def _narrow(x, out):
-    return {types.uint16: to_bfloat16, types.int16: to_float16}.get(out.dtype, lambda x, out: x)
-
-
-@overload(magnitude_bits)
-def _magnitude_bits(x):
-    if x == types.float32:
-        return lambda x: U32(F32(x).view(U32) & U32(0x7FFFFFFF))
-    return lambda x: U64(F64(x).view(U64) & U64(0x7FFF_FFFF_FFFF_FFFF))
-
-
-@overload(power_of_two)
-def _power_of_two(x):
-    if x == types.float32:
-        return lambda x: U32(F32(x).view(U32) & U32(0x7F800000)).view(F32)
-    return lambda x: U64(F64(x).view(U64) & U64(0x7FF0_0000_0000_0000)).view(F64)
-
-
-@intrinsic
-def pointer(context, address):
-    """Return an address as a pointer.
-
-    Tensors of several dtypes, as many as there are models, cannot be one argument otherwise: Numba
-    would compile all of this again for each number of models and mixture of dtypes.
-    """
-
-    def build(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.uint64), build
 
 
 # -- blocks in memory ------------------------------------------------------------------------------

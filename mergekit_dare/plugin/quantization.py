@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_dare.plugin.headers import read as read_header
+
 # Codes as safetensors' headers name them: integers of a byte, floats of a byte and less.
 _CODES = ("I8", "U8", "F8", "F4", "F6", "E8")
 # The parts that a quantized weight is made of, beside or in place of the weight.
@@ -24,7 +26,6 @@ _COMPANIONS = (
     "quant_map",
     "scales",
 )
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 def kind(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str | None:
@@ -47,6 +48,14 @@ def kind(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str | None:
     return method or f"tensor {parts or codes} is stored as {dtypes[parts or codes or '']}"
 
 
+def problem(model: str, found: str) -> str:
+    """Say that a model is quantized, and what to do; ``found`` is what :func:`kind` returned."""
+    return (
+        f"{model} is quantized ({found}): a merge would take its codes for weights; dequantize it "
+        "first, or merge the model that it was made from"
+    )
+
+
 def refuse(models: Iterable[object]) -> None:
     """Refuse models of this machine that are quantized.
 
@@ -61,10 +70,7 @@ def refuse(models: Iterable[object]) -> None:
         path = getattr(getattr(model, "model", None), "path", None)
         found = _kind_of_folder(path) if isinstance(path, str) else None
         if found is not None:
-            raise ValueError(
-                f"model {model} is quantized ({found}): a merge would take its codes for weights; "
-                "dequantize it first, or take the model that it was made from"
-            )
+            raise ValueError(f"model {problem(str(model), found)}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,18 +81,8 @@ def _kind_of_folder(path: str) -> str | None:
         if not folder.is_dir():
             return None
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        dtypes: dict[str, str] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            dtypes |= _dtypes_of(file)
+        headers = [read_header(file) for file in sorted(folder.glob("*.safetensors"))]
+        dtypes = {name: tensor.dtype for header in headers for name, tensor in header.items()}
         return kind(config if isinstance(config, dict) else {}, dtypes)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _dtypes_of(file: Path) -> dict[str, str]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > _LARGEST_HEADER:
-            return {}
-        header = json.loads(opened.read(length))
-    return {k: str(v.get("dtype")) for k, v in header.items() if k != "__metadata__"}

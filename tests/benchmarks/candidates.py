@@ -14,7 +14,7 @@ from mergekit.merge_methods.generalized_task_arithmetic import (
 from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
-from mergekit_dare.diagnostics.range_watch import RangeWatch
+from mergekit_dare.diagnostics.deltas.range_watch import RangeWatch
 from mergekit_dare.kernel.merging import FineTuned
 from mergekit_dare.plugin.methods import dare_linear, dare_ties
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from mergekit.options import MergeOptions
 
-from mergekit_dare.diagnostics import inspection
+from mergekit_dare.diagnostics.deltas import inspection
 from tests.benchmarks.process import MODELS, SIZES, drop_from_cache, make_models
 from tests.benchmarks.report import show
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mergekit_dare.diagnostics.config_check import Severity, check_file
+from mergekit_dare.diagnostics.checking import check_file
+from mergekit_dare.diagnostics.findings import Severity
 from tests import zoo
 from tests.running import Config, dare, merge_pytorch, merge_yaml, write
 

@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from mergekit_dare.diagnostics.config_check import Finding, Severity, check_file
+from mergekit_dare.diagnostics.checking import check_file
+from mergekit_dare.diagnostics.findings import Finding, Severity
 from tests import zoo
 from tests.running import Config, dare, merge_yaml, write
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_dare.cli import main
-from mergekit_dare.diagnostics import doctor
+from mergekit_dare.diagnostics import installation as doctor
 from tests.running import SCRIPTS, run_command
 
 pytestmark = pytest.mark.slow
@@ -139,4 +139,4 @@ def test_a_full_disk_is_no_verdict(tmp_path: Path) -> None:
             text=True,
         )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("mergekit-dare cannot go on: ")
+    assert result.stderr.splitlines()[-1].endswith("No space left on device")

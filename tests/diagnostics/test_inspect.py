@@ -20,7 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergekit_dare.cli import main
-from mergekit_dare.diagnostics import deltas, inspect_plot, inspect_report, inspection
+from mergekit_dare.commands import inspect_plot, inspect_text
+from mergekit_dare.diagnostics.deltas import inspection
+from mergekit_dare.diagnostics.deltas import statistics as of_deltas
+from mergekit_dare.diagnostics.deltas.verdict import LARGE, SMALL, judge
 from mergekit_dare.kernel.sampling import magnitude_scale
 from tests import zoo
 from tests.kernel.test_merging import randn
@@ -87,10 +90,10 @@ def test_figures_of_a_model(name: str, family: Path, tmp_path: Path) -> None:
     norm = np.linalg.norm(delta) / np.linalg.norm(base)
     assert total.relative_norm == pytest.approx(norm, rel=1e-6)
     assert total.zero_share == pytest.approx((delta == 0).mean(), abs=1e-12)
-    for q in inspect_report.QUANTILES:
+    for q in inspect_text.QUANTILES:
         expected = np.quantile(np.abs(delta), q, method="inverted_cdf")
         assert total.quantile(q) == pytest.approx(expected, rel=0.01)
-    for magnitude in (deltas.SMALL, deltas.LARGE):
+    for magnitude in (SMALL, LARGE):
         low, high = ((np.abs(delta) > magnitude * f).mean() for f in (1.01, 0.99))
         assert low <= total.share_above(magnitude) <= high
     assert model.relative_noise() == pytest.approx(math.sqrt(3) * norm, rel=1e-6)
@@ -126,7 +129,7 @@ def test_noise_is_what_dare_adds() -> None:
         recipe = Recipe(Combine.LINEAR, "w", 0)
         merged = merging.merge(base, [FineTuned("m", tuned, 1.0, density)], recipe)
         noise = float((merged - tuned).norm() / (tuned - base).norm())
-        assert noise == pytest.approx(deltas.noise_factor(density), rel=0.02)
+        assert noise == pytest.approx(of_deltas.noise_factor(density), rel=0.02)
 
 
 def test_verdicts(family: Path, tmp_path: Path) -> None:
@@ -147,25 +150,25 @@ def test_verdicts(family: Path, tmp_path: Path) -> None:
 def test_verdicts_on_plain_numbers() -> None:
     base = randn(0, 10_000, scale=0.02)
 
-    def verdict(delta: torch.Tensor, *others: torch.Tensor) -> str:
+    def kind(delta: torch.Tensor, *others: torch.Tensor) -> str:
         named = {str(i): base + d for i, d in enumerate((delta, *others))}
-        measured = deltas.measure(base, named).models
+        measured = of_deltas.measure(base, named).models
         rest = [measured[str(i + 1)] for i in range(len(others))]
-        return deltas.judge(measured["0"], rest).kind
+        return judge(measured["0"], rest).kind
 
     tiny = randn(1, 10_000, scale=0.0005)
-    assert verdict(tiny) == "small"
-    assert verdict(torch.zeros(10_000)) == "no change"
-    assert verdict(randn(1, 10_000, scale=0.004)) == "medium"
+    assert kind(tiny) == "small"
+    assert kind(torch.zeros(10_000)) == "no change"
+    assert kind(randn(1, 10_000, scale=0.004)) == "medium"
     # As long as the base, but on top of it; the same length in place of the base.
-    assert verdict(randn(1, 10_000, scale=0.02)) == "large"
-    assert verdict(randn(1, 10_000, scale=0.02) - base) == "wrong base"
-    assert verdict(-0.9 * base) == "large"  # shrunk, not another one
-    assert verdict(tiny.index_fill(0, torch.tensor([5]), math.nan)) == "not finite"
+    assert kind(randn(1, 10_000, scale=0.02)) == "large"
+    assert kind(randn(1, 10_000, scale=0.02) - base) == "wrong base"
+    assert kind(-0.9 * base) == "large"  # shrunk, not another one
+    assert kind(tiny.index_fill(0, torch.tensor([5]), math.nan)) == "not finite"
     # A relative norm of 0.3 alone is much; beside models of 0.005 it is another base.
     much = randn(1, 10_000, scale=0.006)
-    assert verdict(much) == "medium"
-    assert verdict(much, tiny / 5, tiny / 6) == "wrong base"
+    assert kind(much) == "medium"
+    assert kind(much, tiny / 5, tiny / 6) == "wrong base"
 
 
 def test_gradients_of_density_are_reported(family: Path, tmp_path: Path) -> None:
@@ -182,14 +185,14 @@ def test_chunks_and_infinities(monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = randn(0, 1000), {"a": randn(1, 1000), "b": randn(2, 1000)}
     for tensor in (base, *tuned.values()):
         tensor[:10] = -math.inf  # equal in all: their delta is 0
-    whole = deltas.measure(base, tuned)
+    whole = of_deltas.measure(base, tuned)
     assert whole.models["a"].zeros == 10
     assert whole.models["a"].non_finite == 0
     norm = (tuned["a"] - base)[10:].norm() / base[10:].norm()
     assert whole.models["a"].relative_norm == pytest.approx(float(norm), rel=1e-5)
     assert math.isfinite(whole.models["a"].undoing)
-    monkeypatch.setattr(deltas, "_CHUNK", 64)
-    parts = deltas.measure(base, tuned)
+    monkeypatch.setattr(of_deltas, "_CHUNK", 64)
+    parts = of_deltas.measure(base, tuned)
     for name, statistics in whole.models.items():
         assert parts.models[name].mean_magnitude == pytest.approx(statistics.mean_magnitude)
         assert torch.equal(parts.models[name].histogram, statistics.histogram)
@@ -200,7 +203,7 @@ def test_float64_deltas_are_measured_in_float64() -> None:
     """Deltas that float32 would round to 0."""
     base = randn(0, 1000, dtype=torch.float64) + 3
     tuned = {"a": base + 1e-9, "b": base - 1e-9 * (torch.arange(1000) % 2)}
-    measured = deltas.measure(base, tuned)
+    measured = of_deltas.measure(base, tuned)
     a, b = measured.models["a"], measured.models["b"]
     assert a.mean_magnitude == pytest.approx(1e-9, rel=1e-6)
     assert (a.zeros, b.zeros) == (0, 500)
@@ -213,7 +216,7 @@ def test_pairs_where_deltas_are_not_finite() -> None:
     base = torch.zeros(6)
     first = torch.tensor([1.0, math.nan, 1.0, 2.0, 0.0, -1.0])
     second = torch.tensor([1.0, 1.0, math.inf, -2.0, 3.0, -1.0])
-    measured = deltas.measure(base, {"a": first, "b": second})
+    measured = of_deltas.measure(base, {"a": first, "b": second})
     assert [measured.models[name].non_finite for name in "ab"] == [1, 1]
     pair = measured.pairs["a", "b"]
     assert (pair.dot, pair.square_sums) == (-2.0, (6.0, 15.0))
@@ -442,13 +445,13 @@ def test_the_seed_of_mergekits_option(llamas: Path, tmp_path: Path) -> None:
 def test_noise_of_both_samplings(tmp_path: Path) -> None:
     """As theory has it for Gaussian deltas at density 0.1: by magnitude 0.60 of the power."""
     base, tuned = randn(0, 200_000), randn(1, 200_000) * 0.01 + randn(0, 200_000)
-    (statistics,) = deltas.measure(base, {"a": tuned}).models.values()
-    uniform = deltas.noise_factor(0.1) ** 2 * statistics.square_sum
-    assert deltas.magnitude_noise(statistics, 0.1) / uniform == pytest.approx(0.596, rel=0.02)
+    (statistics,) = of_deltas.measure(base, {"a": tuned}).models.values()
+    uniform = of_deltas.noise_factor(0.1) ** 2 * statistics.square_sum
+    assert of_deltas.magnitude_noise(statistics, 0.1) / uniform == pytest.approx(0.596, rel=0.02)
     scale = magnitude_scale(tuned, base, 0.1, torch.float32)
     assert scale is not None
     delta = (tuned - base).double()
     probability = torch.ceil(delta.abs() * scale).clamp(1, 65536) / 65536
     exact = float((delta**2 * (1 / probability - 1)).sum())
-    assert deltas.magnitude_noise(statistics, 0.1) == pytest.approx(exact, rel=0.02)
-    assert deltas.magnitude_noise(statistics, 1.0) == 0
+    assert of_deltas.magnitude_noise(statistics, 0.1) == pytest.approx(exact, rel=0.02)
+    assert of_deltas.magnitude_noise(statistics, 1.0) == 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_dare.diagnostics import range_watch
-from mergekit_dare.diagnostics.range_watch import RangeWatch
+from mergekit_dare.diagnostics.deltas import range_watch
+from mergekit_dare.diagnostics.deltas.range_watch import RangeWatch
 from mergekit_dare.kernel.merging import FineTuned
 from tests import zoo
 from tests.kernel.test_merging import randn

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import yaml
 from click.testing import CliRunner, Result
 
 from mergekit_dare.cli import main
-from mergekit_dare.diagnostics.config_check import check_file
+from mergekit_dare.diagnostics import suggestion
+from mergekit_dare.diagnostics.checking import check_file
+from mergekit_dare.diagnostics.models import files, tokenizer
+from mergekit_dare.diagnostics.plan import planning
+from mergekit_dare.plugin import headers
 from tests import zoo
 from tests.running import merge_yaml, run_command
 
@@ -105,6 +112,38 @@ def test_never_over_a_file_without_force(models: Path, tmp_path: Path) -> None:
     result = suggest(models / "base", models / "a", "-o", tmp_path / "none" / "dare.yml")
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+
+
+def test_each_file_is_looked_at_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By us: mergekit opens each file of weights once more when it plans, which it does once."""
+    opened: Counter[str] = Counter()
+    plans: list[object] = []
+
+    def counted(function: Any, place: str) -> Any:
+        def call(file: Path, *arguments: Any, **options: Any) -> Any:
+            opened[f"{place} {Path(file).relative_to(models)}"] += 1
+            return function(file, *arguments, **options)
+
+        return call
+
+    headers._read.cache_clear()
+    monkeypatch.setattr(safetensors, "safe_open", counted(safetensors.safe_open, "safe_open"))
+    monkeypatch.setattr(tokenizer, "read_json", counted(files.read_json, "JSON"))
+    monkeypatch.setattr(files, "read_json", counted(files.read_json, "JSON"))
+    plan = planning.plan
+
+    def counted_plan(*arguments: Any, **options: Any) -> Any:
+        plans.append(arguments)
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(planning, "plan", counted_plan)
+    assert suggestion.suggest(str(models / "base"), [str(models / "a")], "dare_ties").text
+    assert len(plans) == 1
+    of_weights = {name: n for name, n in opened.items() if name.startswith("safe_open")}
+    assert of_weights == {f"safe_open {name}/model.safetensors": 2 for name in ("base", "a")}
+    of_json = opened.keys() - of_weights.keys()
+    assert {name: opened[name] for name in of_json} == dict.fromkeys(of_json, 1)
+    assert "JSON a/tokenizer.json" in of_json
 
 
 @pytest.mark.slow

@@ -34,8 +34,6 @@ from tests.running import (
     merge_multi,
     merge_pytorch,
     merge_yaml,
-    run_command,
-    write,
 )
 
 pytestmark = pytest.mark.slow
@@ -90,7 +88,7 @@ def test_one_flipped_bit(llamas: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "1 tensor differs" in said
     assert f"{PROJ}: 1 of 1,536 elements (0.1%) differ, by" in said
-    assert "a merge that was edited afterwards" in said
+    assert said.count("\n") == 3  # why is not guessed at
 
 
 def noise(tensors: Tensors) -> Tensors:
@@ -116,7 +114,7 @@ def test_patterns(name: str, llamas: Path, tmp_path: Path) -> None:
 
 def test_an_input_or_the_base_itself(llamas: Path, tmp_path: Path) -> None:
     out = merged(llamas, tmp_path)
-    for name, message in (("base", "the base model itself"), ("a", f"the input {llamas / 'a'}")):
+    for name, message in (("base", "the base model's, not"), ("a", f"that of {llamas / 'a'}")):
         edited(out, lambda _, name=name: zoo.load(llamas / name))  # type: ignore[misc]
         code, said = verify(out)
         assert code == 1
@@ -126,9 +124,9 @@ def test_an_input_or_the_base_itself(llamas: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 0}, "the merge with seed: 0, where the config has 3"),
-        ({"sampling": "magnitude"}, "the merge with sampling: magnitude"),
-        ({"rounding": "stochastic"}, "the merge with rounding: stochastic"),
+        ({"seed": 0}, "is as merged with seed: 0, where the config has 3"),
+        ({"sampling": "magnitude"}, "is as merged with sampling: magnitude"),
+        ({"rounding": "stochastic"}, "is as merged with rounding: stochastic"),
     ],
 )
 def test_another_recipe(
@@ -145,24 +143,15 @@ def test_another_recipe(
     assert message in said
 
 
-@pytest.mark.slow
-def test_drawn_otherwise(llamas: Path, tmp_path: Path) -> None:
-    """A seed that nobody would try, and mergekit's own method, where no card tells of it."""
+def test_what_cannot_be_told_for_certain_is_not_said(llamas: Path, tmp_path: Path) -> None:
     out = merged(llamas, tmp_path)
     config = yaml.safe_load((out / "mergekit_config.yml").read_text())
-    other = config | {"parameters": config["parameters"] | {"seed": 987}}
+    other = config | {"parameters": config["parameters"] | {"seed": 987}}  # nobody would try it
     merge_yaml(other, tmp_path / "seed")
-    path = write(config, tmp_path / "own.yml")
-    own = tmp_path / "own"
-    run_command("mergekit-yaml", path, str(own), "--quiet", MERGEKIT_DARE="0")
-    (own / "README.md").unlink()
-    for folder in (tmp_path / "seed" / "out", own):
-        shutil.copy(out / "mergekit_config.yml", folder)
-        code, said = verify(folder)
-        assert code == 1
-        assert "a merge that was drawn otherwise: as many elements are changed, but others" in said
-    edited(own, noise)
-    assert "drawn otherwise" not in verify(own)[1]
+    shutil.copy(out / "mergekit_config.yml", tmp_path / "seed" / "out")
+    code, said = verify(tmp_path / "seed" / "out")
+    assert code == 1
+    assert all("elements" in line for line in said.splitlines()[2:])
 
 
 def test_the_seed_of_the_command_line(llamas: Path, tmp_path: Path) -> None:
@@ -182,7 +171,7 @@ def test_rounded_elsewhere(llamas: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.yml").write_text(yaml.safe_dump(plain | {"out_dtype": "bfloat16"}))
     code, said = verify(out, "--config", str(tmp_path / "plain.yml"))
     assert code == 1
-    assert "the merge computed from float32 inputs and rounded afterwards" in said
+    assert "is as merged from float32 inputs and rounded afterwards" in said
 
 
 def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str], str]]:

@@ -22,7 +22,7 @@ from mergekit.sparsify import SparsificationMethod
 from torch import Tensor
 
 from mergekit_dare import __version__
-from mergekit_dare.diagnostics.range_watch import LARGE_TENSOR
+from mergekit_dare.diagnostics.deltas.range_watch import LARGE_TENSOR
 from mergekit_dare.kernel import merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.plugin.methods import DareMethod, dare_linear, dare_ties

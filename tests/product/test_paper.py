@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from mergekit_dare.diagnostics.config_check import check_file
+from mergekit_dare.diagnostics.checking import check_file
 from paper import __main__ as program
 from paper import measure, merges, models, tasks
 from paper.settings import FULL, TOY

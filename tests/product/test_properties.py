@@ -27,7 +27,8 @@ from mergekit.plan import MergePlanner
 from torch import Tensor
 
 import mergekit_dare
-from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
+from mergekit_dare.diagnostics.checking import check_file
+from mergekit_dare.diagnostics.findings import Severity, UnusableFileError
 from mergekit_dare.kernel import cpu, merging
 from mergekit_dare.kernel.formula import Combine
 from mergekit_dare.kernel.masks import threshold

@@ -18,7 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from mergekit_dare.diagnostics.config_check import check_file
+from mergekit_dare.diagnostics.checking import check_file
 from tests import zoo
 from tests.running import PROJECT, merge_pytorch, merge_yaml
 

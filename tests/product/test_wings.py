@@ -1,4 +1,4 @@
-"""What may import what: the arrows between the package's wings, read from the source."""
+"""What may import what: the arrows between the package's wings and rooms, read from the source."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ import pytest
 from tests.running import PROJECT
 
 PACKAGE = PROJECT / "mergekit_dare"
-# Of our own: the top level may import every wing. ``mergekit_dare`` is its version and register().
-MAY_IMPORT = {
-    "kernel": {"kernel"},
-    "plugin": {"plugin", "kernel", "mergekit_dare"},
-    "diagnostics": {"diagnostics", "plugin", "kernel", "mergekit_dare"},
-}
-WINGS = sorted(MAY_IMPORT)
+# Each wing may import those after it; ``mergekit_dare`` is the package's version and register().
+WINGS = ["cli", "commands", "diagnostics", "plugin", "kernel"]
+# The same inside ``diagnostics``; those of one line do not know each other.
+ROOMS = [
+    {"suggestion", "input_record"},
+    {"checking", "verification"},
+    {"repetition", "deltas"},
+    {"examination"},
+    {"plan"},
+    {"models"},
+    {"config"},
+    {"rules"},
+    {"findings", "installation"},
+]
+MOST_LINES, MOST_MODULES = 400, 13
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -30,23 +38,44 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def wing(name: str) -> str:
-    """``kernel`` for ``mergekit_dare.kernel.masks.mask_key``; the package for what is its own."""
-    first, *rest = name.split(".")
-    return rest[0] if rest and (PACKAGE / rest[0]).is_dir() else first
+def modules(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", WINGS)
-def test_arrows_between_wings(name: str) -> None:
-    modules = sorted((PACKAGE / name).glob("*.py"))
-    assert len(modules) > 3
-    for module in modules:
-        ours = {wing(other) for other in imported(module) if other.split(".")[0] == PACKAGE.name}
-        assert ours <= MAY_IMPORT[name], module
+def ours(path: Path) -> Iterator[tuple[str, ...]]:
+    """The modules of this package that one imports, in parts, without the package's name."""
+    for name in imported(path):
+        first, *rest = name.split(".")
+        if first == PACKAGE.name:
+            yield tuple(rest)
+
+
+@pytest.mark.parametrize("wing", WINGS[1:])
+def test_arrows_between_wings(wing: str) -> None:
+    may = set(WINGS[WINGS.index(wing) :]) - ({"cli"} if wing != "cli" else set())
+    for path in modules(PACKAGE / wing):
+        for parts in ours(path):
+            is_wing = bool(parts) and parts[0] in WINGS
+            assert not is_wing or parts[0] in may, (path, parts)
+            assert is_wing or wing != "kernel", (path, parts)
+
+
+def test_arrows_between_rooms() -> None:
+    level = {room: index for index, rooms in enumerate(ROOMS) for room in rooms}
+    folder = PACKAGE / "diagnostics"
+    found = {path.name.removesuffix(".py") for path in folder.iterdir() if path.stem[0] != "_"}
+    assert found == level.keys()
+    for path in modules(folder):
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for parts in ours(path):
+            if parts[:1] == ("diagnostics",) and parts[1] != room:
+                assert level[parts[1]] > level[room], (path, parts)
 
 
 def test_the_kernel_knows_torch_alone() -> None:
-    for module in (PACKAGE / "kernel").glob("*.py"):
+    for module in modules(PACKAGE / "kernel"):
         for name in imported(module):
             assert name.split(".")[0] not in {"mergekit", "click", "yaml", "safetensors"}, module
 
@@ -54,4 +83,12 @@ def test_the_kernel_knows_torch_alone() -> None:
 def test_every_module_lies_in_a_wing() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}
     folders = {path.name for path in PACKAGE.iterdir() if list(path.glob("*.py"))}
-    assert folders == set(WINGS)
+    assert folders == set(WINGS) - {"cli"}
+
+
+def test_nothing_is_too_large_to_be_known() -> None:
+    for path in modules(PACKAGE):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, path
+    for folder in {path.parent for path in modules(PACKAGE)}:
+        assert len(list(folder.glob("*.py"))) <= MOST_MODULES, folder
+        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder

@@ -12,11 +12,13 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from mergekit.common import ModelPath
 
-from mergekit_dare.diagnostics import model_files, vocabulary
 from mergekit_dare.diagnostics.findings import cut
-from mergekit_dare.diagnostics.model_files import ModelFiles, Stored
+from mergekit_dare.diagnostics.models import files as model_files
+from mergekit_dare.diagnostics.models import tokenizer
+from mergekit_dare.diagnostics.models.files import ModelFiles
+from mergekit_dare.plugin.headers import StoredTensor
 
-JSON_FILES = ("config.json", "generation_config.json", "adapter_config.json", *vocabulary.FILES)
+JSON_FILES = ("config.json", "generation_config.json", "adapter_config.json", *tokenizer.FILES)
 # Seconds until a server that says nothing is given up.
 PATIENCE = 5.0
 # What mergekit fetches of a model.
@@ -169,11 +171,11 @@ def _offline(model: ModelPath, folder: Path | None) -> str:
     return f"{model} is given by its name: {what}; unset it, or write {folder}"
 
 
-def _headers(name: str, revision: str | None) -> dict[str, Stored]:
+def _headers(name: str, revision: str | None) -> dict[str, StoredTensor]:
     """Fetch the headers of all files of weights."""
     metadata = huggingface_hub.HfApi().get_safetensors_metadata(name, revision=revision)
     return {
-        tensor: Stored(info.dtype, tuple(info.shape))
+        tensor: StoredTensor(info.dtype, tuple(info.shape))
         for file in metadata.files_metadata.values()
         for tensor, info in file.tensors.items()
     }

@@ -1,17 +1,16 @@
-"""Samples of tensors, evenly spread and the same in every run, read without the rest of the file.
+"""Excerpts of tensors: evenly spread, the same in every run, read without the rest of the file.
 
-A sample is made of blocks, one in each of as many equal stretches of a tensor, at a place that the
-multiples of the golden ratio give, so that blocks do not fall on the same columns of every row. Of
-safetensors only the pages of those blocks are read, through a memory map.
+An excerpt is made of blocks, one in each of as many equal stretches of a tensor, at a place that
+the multiples of the golden ratio give, so that blocks do not fall on the same columns of every row.
+Of safetensors only the pages of those blocks are read, through a memory map.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
-import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +19,15 @@ from mergekit.common import dtype_from_name
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
+from mergekit_dare.plugin import headers
+from mergekit_dare.plugin.headers import StoredTensor
+
 # Of each tensor: this share of its elements, but never fewer than LEAST if it has them.
 SHARE = 1 / 128
 LEAST = 1 << 16
 # Elements of a block: a page of a file in bfloat16.
 BLOCK = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_LARGEST_HEADER = 256 << 20
 
 # As safetensors names them; others have no deltas.
 DTYPES = {
@@ -54,7 +55,7 @@ def starts(count: int, ahead: int = 0) -> list[int] | None:
     return [max(0, (place + ahead) // BLOCK * BLOCK - ahead) for place in places]
 
 
-def sample(tensor: Tensor, ahead: int = 0) -> Tensor:
+def excerpt(tensor: Tensor, ahead: int = 0) -> Tensor:
     """Return the blocks of a tensor in row order, shape (blocks, BLOCK), or the tensor itself."""
     places = starts(tensor.numel(), ahead)
     if places is None:
@@ -64,11 +65,11 @@ def sample(tensor: Tensor, ahead: int = 0) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A sample of a tensor.
+class Excerpt:
+    """An excerpt of a tensor.
 
     Attributes:
-        values: Of :func:`sample`.
+        values: Of :func:`excerpt`.
         shape: The tensor's.
 
     """
@@ -77,9 +78,9 @@ class Sampled:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Sampled:
-        """Sample a tensor that is in memory."""
-        return cls(sample(tensor.detach()), tuple(tensor.shape))
+    def of(cls, tensor: Tensor) -> Excerpt:
+        """Take an excerpt of a tensor that is in memory."""
+        return cls(excerpt(tensor.detach()), tuple(tensor.shape))
 
 
 @dataclass
@@ -96,8 +97,8 @@ class Bytes:
 
 
 @dataclass
-class Reader:
-    """Reads samples of the tensors that mergekit would load; used by one thread.
+class ExcerptReader:
+    """Reads excerpts of the tensors that mergekit would load; used by one thread.
 
     Attributes:
         bytes: What was read so far.
@@ -105,16 +106,16 @@ class Reader:
     """
 
     bytes: Bytes = field(default_factory=Bytes)
-    _maps: dict[Path, _Map | None] = field(default_factory=dict)
+    _mapped: dict[Path, _MappedFile] = field(default_factory=dict)
 
-    def read(self, gather: GatherTensors) -> dict[object, Sampled] | None:
-        """Return samples of what a task would load, by model.
+    def read(self, gather: GatherTensors) -> dict[object, Excerpt] | None:
+        """Return excerpts of what a task would load, by model.
 
-        ``None`` if one of them cannot be sampled: it is pickled, or not there under any name, so
+        ``None`` if there is none of one of them: it is pickled, or not there under any name, so
         that mergekit may make it of others.
         """
-        found: dict[object, Sampled] = {}
-        parts: list[tuple[LoadTensor, _Stored]] = []
+        found: dict[object, Excerpt] = {}
+        parts: list[tuple[LoadTensor, _MappedTensor]] = []
         for load in gather.arguments().values():
             assert isinstance(load, LoadTensor)
             loader = LoaderCache().get(load.model)
@@ -122,7 +123,7 @@ class Reader:
             if name is None or not loader.index.is_safetensors:
                 return None
             file = Path(loader.index.base_path) / loader.index.tensor_paths[name]
-            stored = self._stored(file, name)
+            stored = self._mapped_file(file).find(name)
             if stored is None:
                 return None
             parts.append((load, stored))
@@ -130,7 +131,7 @@ class Reader:
             # The same elements of all models, whose files have most often the same layout.
             values = stored.read(parts[0][1].ahead, self.bytes)
             dtype = dtype_from_name(load.dtype) or values.dtype
-            found[load.model] = Sampled(values.to(dtype), stored.shape)
+            found[load.model] = Excerpt(values.to(dtype), stored.shape)
         return found
 
     def count_whole(self, tensors: dict[object, Tensor]) -> None:
@@ -139,15 +140,14 @@ class Reader:
         self.bytes.there += size
         self.bytes.read += size
 
-    def _stored(self, file: Path, name: str) -> _Stored | None:
-        if file not in self._maps:
-            self._maps[file] = _Map.open(file)
-        opened = self._maps[file]
-        return None if opened is None else opened.find(name)
+    def _mapped_file(self, file: Path) -> _MappedFile:
+        if file not in self._mapped:
+            self._mapped[file] = _MappedFile.open(file)
+        return self._mapped[file]
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _MappedTensor:
     """A tensor in a mapped file.
 
     Attributes:
@@ -167,7 +167,7 @@ class _Stored:
         return self.first % mmap.PAGESIZE // self.vector.element_size()
 
     def read(self, ahead: int, read: Bytes) -> Tensor:
-        """Return a copy of its sample, and count what is read: whole pages."""
+        """Return a copy of its excerpt, and count what is read: whole pages."""
         size, count = self.vector.element_size(), self.vector.numel()
         read.there += count * size
         places = starts(count, ahead)
@@ -175,38 +175,40 @@ class _Stored:
             begin, end = self.first + place * size, self.first + (place + length) * size
             pages = -(-end // mmap.PAGESIZE) - begin // mmap.PAGESIZE
             read.read += min(pages * mmap.PAGESIZE, count * size)
-        return sample(self.vector.reshape(self.shape), ahead).clone()
+        return excerpt(self.vector.reshape(self.shape), ahead).clone()
 
 
-class _Map:
+@dataclass(frozen=True)
+class _MappedFile:
     """A file in safetensors' format, mapped into memory; nothing is read ahead."""
 
-    def __init__(self, content: mmap.mmap, header: dict[str, object], start: int) -> None:
-        self._content, self._header, self._start = content, header, start
+    content: mmap.mmap
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def open(cls, file: Path) -> _Map | None:
-        """Map a file; ``None`` if it is none that can be."""
+    def open(cls, file: Path) -> _MappedFile:
+        """Map a file.
+
+        Raises:
+            DamagedFileError: its header cannot be read.
+
+        """
+        tensors = headers.read(file)
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > min(_LARGEST_HEADER, os.fstat(opened.fileno()).st_size):
-                return None
-            header = json.loads(opened.read(length))
             content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
             content.madvise(mmap.MADV_RANDOM)
-        return cls(content, header, 8 + length)
+        return cls(content, tensors)
 
-    def find(self, name: str) -> _Stored | None:
+    def find(self, name: str) -> _MappedTensor | None:
         """Return a tensor; ``None`` if it has no deltas, or cannot be mapped."""
-        entry = self._header.get(name)
-        if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+        stored = self.tensors.get(name)
+        if stored is None or stored.dtype not in DTYPES:
             return None
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        first, count = self._start + int(entry["data_offsets"][0]), math.prod(shape)
-        if count == 0 or first % dtype.itemsize:
+        dtype, count = DTYPES[stored.dtype], math.prod(stored.shape)
+        if count == 0 or stored.first % dtype.itemsize:
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it cannot be written to: nobody does
-            vector = torch.frombuffer(self._content, dtype=dtype, count=count, offset=first)
-        return _Stored(vector, shape, first)
+            vector = torch.frombuffer(self.content, dtype=dtype, count=count, offset=stored.first)
+        return _MappedTensor(vector, stored.shape, stored.first)

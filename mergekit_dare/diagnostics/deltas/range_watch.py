@@ -1,6 +1,6 @@
 """One warning for each model whose deltas turn out too large for DARE while they are merged.
 
-``mergekit-dare inspect`` measures every delta before a merge; this watch looks at a sample of the
+``mergekit-dare inspect`` measures every delta before a merge; this watch looks at blocks of the
 tensors that are merged anyway, so that nobody learns it from a broken model. mergekit does not
 tell a merge method when a merge ends, so the warnings are logged when the process does: what
 stands out is known only then, and the last lines of a long log are the ones that are read.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dare.diagnostics.deltas import LARGE, LARGE_SHARE
+from mergekit_dare.diagnostics.deltas.verdict import LARGE, LARGE_SHARE
 from mergekit_dare.kernel import threads
 from mergekit_dare.kernel.merging import FineTuned
 
@@ -70,7 +70,7 @@ class RangeWatch:
         self._lock = threading.Lock()
 
     def look(self, base: Tensor, models: Sequence[FineTuned], tensor_name: str) -> None:
-        """Look at a sample of one tensor's deltas.
+        """Look at some of one tensor's deltas.
 
         Args:
             base: theta_0: any shape and floating-point dtype.
@@ -82,14 +82,14 @@ class RangeWatch:
         if not dropped or not self._is_due(base.numel()):
             return
         with torch.inference_mode(), threads.single():
-            sample = torch.stack([_sample(base), *(_sample(model.tensor) for model in dropped)])
-            theta_0, *_ = sample = sample.float().flatten(1)
-            sample[1:] -= theta_0
-            magnitudes = sample.abs_()
+            blocks = torch.stack([_blocks(base), *(_blocks(model.tensor) for model in dropped)])
+            theta_0, *_ = blocks = blocks.float().flatten(1)
+            blocks[1:] -= theta_0
+            magnitudes = blocks.abs_()
             norms = torch.linalg.vector_norm(magnitudes, dim=1)
             large = magnitudes.gt_(LARGE).sum(1)  # in place: a bool tensor takes five times as long
             (_, *large_counts), (base_norm, *delta_norms) = torch.stack([large, norms]).tolist()
-        size = sample.shape[1]
+        size = blocks.shape[1]
         scale = base.numel() / size
         with self._lock:
             for model, count, norm in zip(dropped, large_counts, delta_norms, strict=True):
@@ -132,7 +132,7 @@ class RangeWatch:
             LOG.warning("%s", sentence)
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _blocks(tensor: Tensor) -> Tensor:
     """Return evenly spaced blocks of a tensor in row order, shape (blocks, length)."""
     vector = tensor.detach().reshape(-1).contiguous()
     if vector.numel() < BLOCKS * BLOCK:

@@ -1,11 +1,7 @@
-"""Streaming statistics of deltas: what decides whether DARE will work.
-
-The paper (arXiv 2311.03099, section 4.5) finds that DARE works where deltas are small: those of
-supervised fine-tuning (SFT) are mostly within 0.005, and drop rates of 0.9 and more do no harm;
-after continued pre-training they reach 0.03, and DARE becomes impractical.
+"""Streaming statistics of deltas.
 
 Every element that is given is counted; memory is that of a few chunks beside the tensors. Figures
-of a sample are scaled to those of its tensor.
+of an excerpt are scaled to those of its tensor.
 """
 
 from __future__ import annotations
@@ -13,19 +9,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-SMALL, LARGE = 0.005, 0.03
-LARGE_SHARE = 0.001  # of deltas above LARGE: more, and DARE is impractical
-# The delta of an unrelated model takes the base's weights away and puts its own in their place:
-# as much of it undoes the base as not. That of a model trained on from the base does so hardly.
-UNRELATED_NORM, UNRELATED_UNDOING = 0.1, (0.5, 1.5)
-# A model is the odd one out if its relative norm is so many times the median of the others.
-OUTLIER_FACTOR = 10.0
 
 _CHUNK = 1 << 19
 # The magnitude's bin is its float32 without the low 16 bits: 128 bins for each power of two, so
@@ -141,8 +129,8 @@ class DeltaStatistics:
         """Count all that ``other`` has counted.
 
         Args:
-            other: Of another tensor, or of a sample.
-            factor: How many times as many elements the tensor has as its sample.
+            other: Of another tensor, or of an excerpt.
+            factor: How many times as many elements the tensor has as its excerpt.
 
         """
         self.count += round(other.count * factor)
@@ -199,7 +187,7 @@ class DeltaStatistics:
         """Return the |delta| that ``fraction`` of the deltas do not exceed, exact to 0.4 %."""
         if self.count == 0:
             return math.nan
-        # of a sample, counts are no whole numbers
+        # of an excerpt, counts are no whole numbers
         rank = min(max(1, math.ceil(fraction * self.count)), float(self.histogram.sum()))
         index = int(torch.searchsorted(self.histogram.cumsum(0), rank))
         edges = bin_edges()
@@ -343,87 +331,3 @@ def magnitude_noise(statistics: DeltaStatistics, density: float) -> float:
     first = int(torch.nonzero((c * sizes <= 1) & (c > 0))[0])
     counts, sizes = counts[first:], sizes[first:]
     return float((counts * (sizes / c[first] - sizes**2)).sum().clamp(min=0))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the deltas of a model say about DARE.
-
-    Attributes:
-        kind: ``small``, ``medium``, ``large``, ``wrong base``, ``no change``, ``not finite`` or
-            ``not compared``.
-        sentence: The verdict in words, with its figures.
-        density: A density to start from.
-        reason: Why that density.
-
-    """
-
-    kind: str
-    sentence: str
-    density: float
-    reason: str
-
-
-def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -> Verdict:
-    """Judge a model's deltas in the terms of the paper (section 4.5).
-
-    Args:
-        statistics: All deltas of the model.
-        others: Those of the other fine-tuned models of the merge.
-
-    """
-    typical = statistics.quantile(0.99)
-    norm = statistics.relative_norm
-    figures = f"99 % of |delta| within {typical:.2g}, relative norm {norm:.2g}"
-    if not statistics.count and not statistics.non_finite:
-        return Verdict(
-            "not compared",
-            "no tensor of it could be compared with the base",
-            1.0,
-            "see below why; it may be of another architecture, or have another base",
-        )
-    if statistics.non_finite:
-        return Verdict(
-            "not finite",
-            f"{statistics.non_finite} deltas are NaN or infinite: the merge will stop there",
-            1.0,
-            "mend the model first",
-        )
-    if statistics.square_sum == 0:
-        return Verdict("no change", "the model equals the base", 1.0, "there is nothing to drop")
-    norms = sorted(other.relative_norm for other in others)
-    median = norms[len(norms) // 2] if norms else math.nan
-    odd = median > 0 and norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
-    compared = f", {norm / median:.0f} times that of the other models" if odd else ""
-    low, high = UNRELATED_UNDOING
-    unrelated = norm > UNRELATED_NORM and low < statistics.undoing < high
-    large_share = statistics.share_above(LARGE)
-    if unrelated or (odd and large_share <= LARGE_SHARE):
-        why = ", and they undo the base's weights" if unrelated else ""
-        return Verdict(
-            "wrong base",
-            f"suspected wrong base: {figures}{compared}{why}",
-            1.0,
-            "check which model it was fine-tuned from before dropping anything",
-        )
-    if large_share > LARGE_SHARE:
-        return Verdict(
-            "large",
-            f"large deltas, as after continued pre-training: {figures}{compared}, "
-            f"{large_share:.1%} above {LARGE}",
-            1.0,
-            "the paper finds DARE impractical here",
-        )
-    if typical <= SMALL:
-        return Verdict(
-            "small",
-            f"small deltas, as after supervised fine-tuning: {figures}",
-            0.1,
-            "the paper drops 90 to 99 % of such deltas without harm",
-        )
-    return Verdict(
-        "medium",
-        f"deltas between the paper's small and large ones: {figures}",
-        0.5,
-        "drop half, compare, and only then go on",
-    )

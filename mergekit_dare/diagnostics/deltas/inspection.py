@@ -18,18 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mergekit_dare
-from mergekit_dare.diagnostics import planning
-from mergekit_dare.diagnostics.deltas import (
+from mergekit_dare.diagnostics.config.reading import choose
+from mergekit_dare.diagnostics.deltas.excerpts import Excerpt, ExcerptReader
+from mergekit_dare.diagnostics.deltas.statistics import (
     DeltaStatistics,
     PairStatistics,
-    Verdict,
-    judge,
     magnitude_noise,
     measure,
     noise_factor,
 )
-from mergekit_dare.diagnostics.document import Document, choose
-from mergekit_dare.diagnostics.samples import Reader, Sampled
+from mergekit_dare.diagnostics.deltas.verdict import Verdict, judge
+from mergekit_dare.diagnostics.examination import Examination
+from mergekit_dare.diagnostics.plan import planning, tasks
 from mergekit_dare.kernel import merging, threads
 from mergekit_dare.kernel.formula import dtype_name
 from mergekit_dare.kernel.masks import unsigned_lanes
@@ -37,7 +37,7 @@ from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 
 STANDING_OUT = 5  # tensors that are named for each model
-CHANGED_BLOCKS = 8  # blocks of a sample that are merged, to see what becomes of them
+CHANGED_BLOCKS = 8  # blocks of an excerpt that are merged, to see what becomes of them
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ModelReport:
         noise_square_sums: Sum of the variances of the noise that DARE adds at the config's
             densities, by sampling.
         densities: Every density that the config gives it.
-        halves: Statistics of either half of the samples, for how much they differ.
+        halves: Statistics of either half of the excerpts, for how much they differ.
 
     """
 
@@ -70,7 +70,7 @@ class ModelReport:
         return math.sqrt(self.noise_square_sums[sampling] / base) if base else math.inf
 
     def error(self) -> float:
-        """Return how far its figures may be off: what the halves of the sample differ by.
+        """Return how far its figures may be off: what the halves of the excerpts differ by.
 
         The larger of the relative differences of the 99 % quantile and of the relative norm.
         """
@@ -131,7 +131,7 @@ class Report:
         change: What becomes of the merge in a narrow dtype; ``None`` for other methods and dtypes.
         left_out: Tensors that could not be compared, and why: one reason for each model.
         share_read: Fraction of the tensors' bytes that was read, in whole pages.
-        is_sampled: Whether figures are those of a sample.
+        is_partial: Whether figures are those of excerpts.
 
     """
 
@@ -140,7 +140,7 @@ class Report:
     change: MergedChange | None = None
     left_out: dict[str, list[str]] = field(default_factory=dict)
     share_read: float = 1.0
-    is_sampled: bool = False
+    is_partial: bool = False
 
     def advice(self) -> list[str]:
         """Return a sentence for each setting that would help."""
@@ -191,7 +191,7 @@ def inspect_config(
         options: mergekit's own; of use are those that say how models are loaded, ``device`` and
             ``quiet``.
         name: Which config of a file with several.
-        full: Whether all of every tensor is read, not only a sample of it.
+        full: Whether all of every tensor is read, not only an excerpt of it.
 
     Raises:
         UnusableFileError: the file cannot be read, or a model's files are damaged.
@@ -199,44 +199,42 @@ def inspect_config(
         Exception: whatever mergekit raises of a config that it refuses.
 
     """
-    return inspect_document(choose(path, name), options, full=full)
+    return inspect(Examination(choose(path, name), options), full=full)
 
 
-def inspect_document(
-    document: Document, options: MergeOptions | None = None, *, full: bool = False
-) -> Report:
-    """Measure the deltas of a config that has been read; as :func:`inspect_config`."""
-    options = options or MergeOptions()
+def inspect(examination: Examination, *, full: bool = False) -> Report:
+    """Measure the deltas of a config that was examined; as :func:`inspect_config`."""
+    options, path = examination.options, examination.document.path
     _check_device(options.device)
     planning.take_seed(options)
     mergekit_dare.register()
     with ExitStack() as stack:
         options = stack.enter_context(planning.cached_adapters(options))
-        base, saves = planning.plan_document(document, options)
+        saves = examination.plan.saves_to_run(options)
         planned = (save.tensor_task for save in saves)
-        tasks = [task for task in planned if isinstance(task, ExecuteMergeMethodTask)]
-        if base is None:
-            raise ValueError(f"{document.path} needs base_model: deltas are differences from it")
-        names = [str(model) for model in _in_order(tasks)]
+        merges = [task for task in planned if isinstance(task, ExecuteMergeMethodTask)]
+        if examination.plan.base is None:
+            raise ValueError(f"{path} needs base_model: deltas are differences from it")
+        names = [str(model) for model in _in_order(merges)]
         if not names:
-            raise ValueError(f"{document.path} has no fine-tuned model beside the base model")
+            raise ValueError(f"{path} has no fine-tuned model beside the base model")
         pairs = {pair: PairStatistics() for pair in itertools.combinations(names, 2)}
         report = Report({name: ModelReport() for name in names}, pairs)
-        reader = Reader()
+        reader = ExcerptReader()
         kept: dict[Any, Any] = {}
         if not full:
             # In short operations, several threads wait longer than they work.
             stack.enter_context(threads.single())
-        for task in tqdm(tasks, desc="Measuring deltas", disable=options.quiet):
+        for task in tqdm(merges, desc="Measuring deltas", disable=options.quiet):
             gather = task.gather_tensors
             found = None
             if not full and isinstance(gather, GatherTensors):
                 found = reader.read(gather)
             if found is None:
-                loaded = planning.loaded(task, kept)
+                loaded = tasks.loaded(task, kept)
                 loaded = {model: t for model, t in loaded.items() if t is not None}
                 reader.count_whole(loaded)
-                of = (lambda t: Sampled(t, tuple(t.shape))) if full else Sampled.of
+                of = (lambda t: Excerpt(t, tuple(t.shape))) if full else Excerpt.of
                 found = {model: of(tensor) for model, tensor in loaded.items()}
             _add_tensor(report, task, found, options.device or "cpu")
         report.share_read = 1.0 if full else reader.bytes.share
@@ -250,9 +248,9 @@ def _check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} is of no use here: {error}") from error
 
 
-def _in_order(tasks: list[ExecuteMergeMethodTask]) -> Iterator[ModelReference]:
+def _in_order(merges: list[ExecuteMergeMethodTask]) -> Iterator[ModelReference]:
     seen: set[ModelReference] = set()
-    for task in tasks:
+    for task in merges:
         for model in task.model_order:
             if model != task.base_model and model not in seen:
                 seen.add(model)
@@ -260,10 +258,10 @@ def _in_order(tasks: list[ExecuteMergeMethodTask]) -> Iterator[ModelReference]:
 
 
 def _add_tensor(
-    report: Report, task: ExecuteMergeMethodTask, found: Mapping[Any, Sampled], device: str
+    report: Report, task: ExecuteMergeMethodTask, found: Mapping[Any, Excerpt], device: str
 ) -> None:
     name = task.output_weight.name
-    tensors = {model: sampled.values.to(device) for model, sampled in found.items()}
+    tensors = {model: excerpt.values.to(device) for model, excerpt in found.items()}
     base = tensors.pop(task.base_model, None)
     if base is None or not base.is_floating_point():
         report.left_out[name] = ["not in the base model" if base is None else "no floating point"]
@@ -284,7 +282,7 @@ def _add_tensor(
         report.left_out[name] = reasons
     elements = math.prod(base_shape)
     factor = elements / max(1, base.numel())
-    report.is_sampled |= factor > 1
+    report.is_partial |= factor > 1
     measured = _measure(report, base, fine_tuned, factor)
     for model in task.input_parameters:
         if str(model) not in measured:
@@ -311,7 +309,7 @@ def _add_tensor(
 def _measure(
     report: Report, base: Tensor, fine_tuned: dict[str, Tensor], factor: float
 ) -> dict[str, DeltaStatistics]:
-    """Measure the halves of a sample, every other block; return the whole sample's by model."""
+    """Measure the halves of an excerpt, every other block; return those of all of it by model."""
     halves = [(base, fine_tuned)]
     if factor > 1:
         halves = [(base[k::2], {name: t[k::2] for name, t in fine_tuned.items()}) for k in (0, 1)]
@@ -338,12 +336,12 @@ def _add_change(
 ) -> None:
     """Merge one tensor with and without drawing and rounding, and add what the one makes of it.
 
-    ``factor``: how many times as many elements it has as its sample, which is what is merged.
+    ``factor``: how many times as many elements it has as its excerpt, which is what is merged.
     """
-    recipe = planning.recipe_of(task)
+    recipe = tasks.recipe_of(task)
     if recipe is None or base.dtype not in NARROW:
         return
-    entries = planning.fine_tuned(task, tensors)
+    entries = tasks.fine_tuned(task, tensors)
     wide = base.float()
     whole = merging.merge(wide, [replace(model, density=1.0) for model in entries], recipe)
     drawn = merging.merge(wide, entries, recipe)

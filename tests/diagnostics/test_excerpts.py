@@ -13,8 +13,9 @@ import torch
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
-from mergekit_dare.diagnostics import inspect_report, inspection, samples
-from mergekit_dare.diagnostics.deltas import DeltaStatistics, measure
+from mergekit_dare.commands import inspect_text
+from mergekit_dare.diagnostics.deltas import excerpts, inspection
+from mergekit_dare.diagnostics.deltas.statistics import DeltaStatistics, measure
 from tests import zoo
 from tests.kernel.test_merging import randn
 from tests.running import dare, run_command, write
@@ -31,24 +32,24 @@ SIZE = {
 @pytest.mark.parametrize("ahead", [0, 1, 1000, 2047])
 def test_blocks(count: int, ahead: int) -> None:
     """One in each stretch, none beyond the end, none twice; as many as it takes."""
-    places = samples.starts(count, ahead)
+    places = excerpts.starts(count, ahead)
     if places is None:
-        assert count < 2 * samples.LEAST + 2 * samples.BLOCK
+        assert count < 2 * excerpts.LEAST + 2 * excerpts.BLOCK
         return
     blocks = len(places)
-    assert blocks * samples.BLOCK >= max(samples.LEAST, count * samples.SHARE)
-    assert blocks * samples.BLOCK < max(samples.LEAST, count * samples.SHARE) + samples.BLOCK
-    assert places == samples.starts(count, ahead)
+    assert blocks * excerpts.BLOCK >= max(excerpts.LEAST, count * excerpts.SHARE)
+    assert blocks * excerpts.BLOCK < max(excerpts.LEAST, count * excerpts.SHARE) + excerpts.BLOCK
+    assert places == excerpts.starts(count, ahead)
     gaps = [b - a for a, b in itertools.pairwise(places)]
-    assert min(gaps) >= samples.BLOCK
-    assert max(gaps) <= 2 * (count // blocks) + samples.BLOCK
+    assert min(gaps) >= excerpts.BLOCK
+    assert max(gaps) <= 2 * (count // blocks) + excerpts.BLOCK
     assert places[0] >= 0
-    assert places[-1] + samples.BLOCK <= count
-    assert all((place + ahead) % samples.BLOCK == 0 for place in places[1:])
+    assert places[-1] + excerpts.BLOCK <= count
+    assert all((place + ahead) % excerpts.BLOCK == 0 for place in places[1:])
 
 
 def test_blocks_do_not_fall_on_the_same_columns() -> None:
-    places = samples.starts(4096 * 4096)
+    places = excerpts.starts(4096 * 4096)
     assert places is not None
     columns = {place % 4096 for place in places}
     assert columns == {0, 2048}
@@ -75,14 +76,14 @@ def test_near_to_all_of_it(models: Path, tmp_path: Path) -> None:
     quiet = MergeOptions(quiet=True)
     sampled = inspection.inspect_config(path, quiet)
     whole = inspection.inspect_config(path, quiet, full=True)
-    assert sampled.is_sampled
+    assert sampled.is_partial
     assert sampled.share_read < 0.4
-    assert not whole.is_sampled
+    assert not whole.is_partial
     assert whole.share_read == 1
     for name, model in whole.models.items():
         other = sampled.models[name]
         assert other.total.count == model.total.count
-        for q in inspect_report.QUANTILES:
+        for q in inspect_text.QUANTILES:
             assert other.total.quantile(q) == pytest.approx(model.total.quantile(q), rel=0.011)
         for figure in ("relative_norm", "mean_magnitude"):
             expected = getattr(model.total, figure)
@@ -101,11 +102,11 @@ def test_near_to_all_of_it(models: Path, tmp_path: Path) -> None:
     assert sampled.change is not None
     assert sampled.change.survives == pytest.approx(whole.change.survives, abs=0.01)
     again = inspection.inspect_config(path, quiet)
-    assert inspect_report.as_json(again) == inspect_report.as_json(sampled)
-    text = inspect_report.as_text(sampled)
+    assert inspect_text.as_json(again) == inspect_text.as_json(sampled)
+    text = inspect_text.as_text(sampled)
     assert text.startswith(f"From a sample: {sampled.share_read:.2%} of the bytes")
-    assert not inspect_report.as_text(whole).startswith("From a sample")
-    assert inspect_report.as_json(sampled)["share_of_bytes_read"] == sampled.share_read
+    assert not inspect_text.as_text(whole).startswith("From a sample")
+    assert inspect_text.as_json(sampled)["share_of_bytes_read"] == sampled.share_read
 
 
 def test_a_sample_that_mergekit_reads_gives_the_same(models: Path, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_sample_that_mergekit_reads_gives_the_same(models: Path, tmp_path: Pat
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
         torch.save(zoo.load(models / name), tmp_path / name / "pytorch_model.bin")
     found = inspection.inspect_config(write(dare(tmp_path, seed=1), tmp_path / "p.yml"))
-    assert found.is_sampled
+    assert found.is_partial
     assert found.share_read == 1
     pairs = zip(found.models.values(), expected.models.values(), strict=True)
     for one, other in pairs:
@@ -136,7 +137,7 @@ def test_other_layouts_of_the_files(models: Path, tmp_path: Path) -> None:
     same = {name: tensor.clone() for name, tensor in reversed(tensors.items())}
     save_file(same, tmp_path / "a" / "model.safetensors", metadata=metadata)
     found = inspection.inspect_config(write(dare(tmp_path, names="a"), tmp_path / "c.yml"))
-    assert found.is_sampled
+    assert found.is_partial
     (verdict,) = found.verdicts().values()
     assert verdict.kind == "no change"
 
@@ -145,13 +146,13 @@ def test_only_the_pages_of_a_sample_are_counted(tmp_path: Path) -> None:
     """Of a large tensor, less than 1 % in the sample's own pages."""
     elements = 40_000_000
     save_file({"w": torch.zeros(elements, dtype=torch.bfloat16)}, tmp_path / "w.safetensors")
-    stored = samples._Map.open(tmp_path / "w.safetensors")
+    stored = excerpts._MappedFile.open(tmp_path / "w.safetensors")
     assert stored is not None
     found = stored.find("w")
     assert found is not None
-    read = samples.Bytes()
+    read = excerpts.Bytes()
     values = found.read(found.ahead, read)
-    assert values.shape == (math.ceil(elements * samples.SHARE / samples.BLOCK), samples.BLOCK)
+    assert values.shape == (math.ceil(elements * excerpts.SHARE / excerpts.BLOCK), excerpts.BLOCK)
     assert read.there == elements * 2
     assert read.read == values.numel() * 2 + (4096 if found.ahead else 0)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mergekit_dare.diagnostics.deltas import LARGE, SMALL, Verdict
-from mergekit_dare.diagnostics.inspection import ModelReport, Report
+from mergekit_dare.diagnostics.deltas.inspection import ModelReport, Report
+from mergekit_dare.diagnostics.deltas.verdict import LARGE, SMALL, Verdict
 from mergekit_dare.kernel.sampling import Sampling
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
@@ -79,7 +79,7 @@ def _finite(value: Any) -> Any:
 def as_text(report: Report) -> str:
     """Return the report for people."""
     verdicts = report.verdicts()
-    lines = [_of_a_sample(report), ""] if report.is_sampled else []
+    lines = [_of_excerpts(report), ""] if report.is_partial else []
     for name, model in report.models.items():
         lines += [name, *_model_lines(model, verdicts[name]), ""]
     for (first, second), pair in report.pairs.items():
@@ -107,7 +107,7 @@ def as_text(report: Report) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _of_a_sample(report: Report) -> str:
+def _of_excerpts(report: Report) -> str:
     error = max((model.error() for model in report.models.values()), default=0.0)
     return (
         f"From a sample: {report.share_read:.2%} of the bytes, evenly spread, the same in every "

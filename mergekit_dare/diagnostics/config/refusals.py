@@ -1,13 +1,13 @@
-"""What mergekit itself says of a config, put at the lines that it means.
+"""Rules that let mergekit itself judge a config, and put what it says at the lines that it means.
 
-Its validators, its parser of dtypes, templates and dependencies, and its planner are run; none of
-their rules is written again here.
+Its validators and its parsers of dtypes, templates and dependencies are run; none of their rules is
+written again here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mergekit.merge
@@ -18,29 +18,18 @@ from mergekit.scripts import multimerge
 from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from mergekit_dare.diagnostics.document import Document, entries, get, plain
-from mergekit_dare.diagnostics.findings import Finding, cut
+from mergekit_dare.diagnostics.config.document import Document
+from mergekit_dare.diagnostics.config.nodes import entries, get, plain
+from mergekit_dare.diagnostics.findings import cut, reason
+from mergekit_dare.diagnostics.rules import Findings, rule
 from mergekit_dare.plugin.methods import DareMethod
 
-Findings = Iterator[Finding]
 
-
-def configuration(document: Document) -> MergeConfiguration:
-    """Return the config as mergekit has it.
-
-    Raises:
-        Exception: whatever mergekit's validators raise.
-
-    """
-    value = plain(document.root)
-    value.pop("name", None)
-    return MergeConfiguration.model_validate(value)
-
-
-def validation(document: Document) -> Findings:
-    """Run the validators of mergekit's config classes."""
+@rule
+def refused_config(document: Document) -> Findings:
+    """Find what the validators of mergekit's config classes refuse."""
     try:
-        configuration(document)
+        document.configuration()
     except ValidationError as error:
         yield from _at_their_lines(document, error)
     except Exception as error:  # some of its validators raise RuntimeError
@@ -84,14 +73,16 @@ def _walk(node: Node, location: tuple[int | str, ...]) -> tuple[Node, tuple[int 
     return node, ()
 
 
-def dtypes(document: Document) -> Findings:
-    """Parse the names of dtypes."""
+@rule
+def refused_dtype(document: Document) -> Findings:
+    """Find a dtype whose name mergekit does not know."""
     for key in ("dtype", "out_dtype"):
         yield from _try(document, key, dtype_from_name)
 
 
-def chat_template(document: Document) -> Findings:
-    """Look for the chat template, which mergekit does after all weights are written."""
+@rule
+def refused_chat_template(document: Document) -> Findings:
+    """Find a chat template that mergekit would refuse after all weights are written."""
     set_template = getattr(mergekit.merge, "_set_chat_template", None)
 
     class Tokenizer:
@@ -104,32 +95,34 @@ def chat_template(document: Document) -> Findings:
     yield from _try(document, "chat_template", attempt)
 
 
-def inputs(document: Document) -> Findings:
-    """Let the merge method judge the models that go into each output."""
+@rule
+def refused_inputs(document: Document) -> Findings:
+    """Find models that the merge method does not take together."""
     if document.spec is None:
         return
     method = merge_methods.get(document.spec.name)
     validate = method.validate_inputs
     if isinstance(method, DareMethod):  # it looks into the models' files, too, as --files does
         validate = super(DareMethod, method).validate_inputs
-    for output in document.outputs:
-        models = list(output.references)
-        if not output.is_slice and output.base is not None and output.base not in models:
-            models.append(output.base)  # as mergekit does
+    for inputs in document.input_lists:
+        models = list(inputs.references)
+        if not inputs.is_slice and inputs.base is not None and inputs.base not in models:
+            models.append(inputs.base)  # as mergekit does
         try:
-            validate(models, output.base, group_name=output.name)
+            validate(models, inputs.base, group_name=inputs.name)
         except Exception as error:
-            yield document.finding(output.node, _refusal(error))
+            yield document.finding(inputs.node, _refusal(error))
 
 
-def dependencies(documents: list[Document]) -> Findings:
-    """Let mergekit-multi order the documents of a file."""
+@rule
+def refused_order(documents: Sequence[Document]) -> Findings:
+    """Find merges of one file that mergekit-multi cannot bring into an order."""
     names = {document.name for document in documents}
     configs: dict[Any, Any] = {}
     uses: dict[Any, Any] = {}
     for document in documents:
         try:
-            config = configuration(document)
+            config = document.configuration()
             configs[document.name], uses[document.name] = multimerge.patched_config(
                 config, {name for name in names if name}, "."
             )
@@ -139,6 +132,18 @@ def dependencies(documents: list[Document]) -> Findings:
         multimerge.make_tasks(configs, uses, mergekit.merge.MergeOptions(), ".", "out", True)
     except Exception as error:
         yield documents[0].finding(documents[0].root, _refusal(error))
+
+
+@rule
+def repeated_name(documents: Sequence[Document]) -> Findings:
+    """Find two merges of one file for mergekit-multi that have the same name, or none."""
+    seen: set[str | None] = set()
+    for document in documents:
+        name = document.name
+        if name in seen:
+            what = f"the name {name} is used twice" if name else "two merges have no name"
+            yield document.finding(document.root, f"{what}; only one may go without")
+        seen.add(name)
 
 
 def _try(document: Document, key: str, function: Callable[[Any], object]) -> Findings:
@@ -153,7 +158,7 @@ def _try(document: Document, key: str, function: Callable[[Any], object]) -> Fin
 
 
 def _refusal(error: Exception) -> str:
-    return f"mergekit refuses this: {cut(str(error)) or type(error).__name__}"
+    return f"mergekit refuses this: {cut(reason(error))}"
 
 
-HOST_RULES = (validation, dtypes, chat_template, inputs)
+RULES = (refused_config, refused_dtype, refused_chat_template, refused_inputs)

@@ -6,15 +6,14 @@ import math
 
 import torch
 
-from mergekit_dare.diagnostics.deltas import (
-    LARGE,
-    SMALL,
+from mergekit_dare.diagnostics.deltas.inspection import Report
+from mergekit_dare.diagnostics.deltas.statistics import (
     DeltaStatistics,
     bin_edges,
     magnitude_noise,
     noise_factor,
 )
-from mergekit_dare.diagnostics.inspection import Report
+from mergekit_dare.diagnostics.deltas.verdict import LARGE, SMALL
 from mergekit_dare.kernel.sampling import Sampling
 
 

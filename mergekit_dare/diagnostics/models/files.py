@@ -13,28 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_dare.diagnostics.findings import cut
-from mergekit_dare.plugin import quantization
+from mergekit_dare.plugin import headers, quantization
+from mergekit_dare.plugin.headers import StoredTensor
 
 _LARGEST_JSON = 256 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin", "model-", "pytorch_model-")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a header says of a tensor.
-
-    Attributes:
-        dtype: As safetensors names it.
-        shape: As torch has it.
-
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass
@@ -43,6 +31,7 @@ class ModelFiles:
 
     Attributes:
         problems: One sentence for each, with the file's name.
+        quantized: The sentence that says so, if its weights are codes.
         tensors: Those that are stored in safetensors, by name.
         config: The content of config.json, if there is one.
         folder: Where its JSON files lie, if it is not a single file.
@@ -53,12 +42,18 @@ class ModelFiles:
     """
 
     problems: list[str] = field(default_factory=list)
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    quantized: str | None = None
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     same_as: dict[str, Path] = field(default_factory=dict)
     is_pickled: bool = False
     download: int = 0
+
+    @property
+    def why_unusable(self) -> list[str]:
+        """One sentence for each reason that it cannot be merged."""
+        return self.problems + ([] if self.quantized is None else [self.quantized])
 
     def json_file(self, name: str) -> Path | None:
         """Return where one of its JSON files is, if it has it."""
@@ -88,13 +83,10 @@ def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
 
 
 def note_quantization(model: str, found: ModelFiles) -> None:
-    """Make it a problem if the weights are codes."""
+    """Note whether the weights are codes."""
     dtypes = {name: tensor.dtype for name, tensor in found.tensors.items()}
     if not found.problems and (kind := quantization.kind(found.config, dtypes)) is not None:
-        found.problems.append(
-            f"{cut(model)} is quantized ({kind}): a merge would take its codes for weights; "
-            "dequantize it first, or take the model that it was made from"
-        )
+        found.quantized = quantization.problem(cut(model), kind)
 
 
 def no_model(names: Iterable[str], model: str) -> str | None:
@@ -220,34 +212,38 @@ def _start(file: Path) -> bytes:
 
 
 def _examine_safetensors(file: Path, found: ModelFiles) -> None:
-    """Let safetensors itself read the header; it checks every offset, and reads no weight."""
-    tensors = {}
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
-                part = opened.get_slice(name)
-                tensors[name] = Stored(part.get_dtype(), tuple(part.get_shape()))
-    except Exception as error:  # safetensors has an exception type of its own, which is no OSError
-        what = _size_problem(file) or f"is damaged: its header cannot be read ({cut(str(error))})"
-        found.problems.append(f"{file} {what}")
+        tensors = headers.read(file)
+    except headers.DamagedFileError as error:
+        found.problems.append(f"{file} {cut(str(error))}")
         return
     if not tensors:
         found.problems.append(f"{file} holds no tensors")
     found.tensors.update(tensors)
 
 
-def _size_problem(file: Path) -> str | None:
-    """Say that a file is cut off or too long, if its header can be read at all."""
-    size = file.stat().st_size
+def is_local(name: str) -> bool:
+    """Tell whether a model's name is a path on this machine, and not the name of one on the hub."""
+    path = Path(name)
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(min(length, size)))
-        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-        whole = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
-        return None
-    if size == whole:
-        return None
-    what = "is cut off" if size < whole else "has too much at its end"
-    return f"{what}: it has {size} bytes, its header speaks of {whole}"
+        if path.exists():
+            return True
+        beside_others = len(path.parts) == 2 and path.parent.is_dir()  # not the hub's owner/name
+    except (OSError, ValueError):  # longer than a name may be
+        return True
+    return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or beside_others
+
+
+def looks_like_the_hubs(name: str) -> bool:
+    """Tell whether mergekit may take a folder's name for that of a model on the hub.
+
+    For the model card, after a merge, it asks the hub about names of local models, too, unless they
+    cannot be one of the hub.
+    """
+    if name.startswith(("/", "~")) or name.count("/") > 1 or not is_local(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-from mergekit_dare.diagnostics import verification
-from mergekit_dare.diagnostics.findings import UnusableFileError
+from mergekit_dare.diagnostics import input_record, verification
 
 
 class _Share(click.ParamType):  # type: ignore[type-arg]
@@ -55,26 +54,16 @@ def command(
     Exit code 0: the same to the byte; 1: not; 2: it cannot be told.
     """
     path = config or (out if out.is_dir() else out.parent) / verification.CONFIG_FILE
-    try:
-        if inputs:
-            click.echo(verification.input_files(path, merge_options, name), nl=False)
-            sys.exit(0)
-        if inputs_from is not None:
-            changed = verification.changed_inputs(inputs_from, path, merge_options)
-            if changed:
-                click.echo("\n".join(changed))
-                sys.exit(1)
-        found = verification.verify(
-            out, merge_options, config=config, name=name, sample=sample, tensors=tensors
-        )
-    except KeyboardInterrupt:  # click's own exit code for it, 1, would say that it differs
-        sys.exit(130)
-    except (verification.CannotTellError, UnusableFileError) as error:
-        click.echo(f"It cannot be told: {error}", err=True)
-        sys.exit(2)
-    except Exception as error:  # of mergekit, torch, safetensors: each has its own types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        click.echo(f"It cannot be told: {reason}", err=True)
-        sys.exit(2)
+    if inputs:
+        click.echo(input_record.input_files(path, merge_options, name), nl=False)
+        return
+    if inputs_from is not None:
+        changed = input_record.changed_inputs(inputs_from, path, merge_options)
+        if changed:
+            click.echo("\n".join(changed))
+            sys.exit(1)
+    found = verification.verify(
+        out, merge_options, config=config, name=name, sample=sample, tensors=tensors
+    )
     click.echo(found.as_text())
     sys.exit(0 if found.is_match else 1)

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_dare.cli import main
-from mergekit_dare.diagnostics.config_check import Severity, UnusableFileError, check_file
+from mergekit_dare.diagnostics.checking import check_file
+from mergekit_dare.diagnostics.findings import Severity, UnusableFileError
 from tests.running import PROJECT, run_command
 
 ERROR, WARNING, HINT = Severity.ERROR, Severity.WARNING, Severity.HINT
@@ -151,7 +152,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "- model: ./c++/code",
         ERROR,
         "- model: ./c++/code",
-        "./c++/code is no model that mergekit can parse",
+        "mergekit cannot parse ./c++/code as a model",
     ),
     "model listed twice in another form": (
         "- model: ./code",
@@ -505,7 +506,7 @@ def test_several_documents(tmp_path: Path) -> None:
         ),
         (
             "merge_method: linear\nmodels:\n- {model: b, parameters: {weight: much}}\n",
-            "weight is 'much', which is no number",
+            "weight is 'much', but must be a number",
         ),
         (
             (

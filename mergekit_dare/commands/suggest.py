@@ -11,7 +11,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dare.diagnostics import suggestion
-from mergekit_dare.diagnostics.findings import Severity, cut
+from mergekit_dare.diagnostics.findings import Severity
 
 
 @click.command("suggest", cls=PrettyPrintHelp)
@@ -39,13 +39,9 @@ def command(
     It looks at the models as check --files and inspect do, and says behind each value why it is so.
     Exit code 0: done; 1: the models cannot be merged; 2: something cannot be read or written.
     """
-    try:
-        if output is not None and os.path.lexists(output) and not force:
-            raise FileExistsError(f"{output} is there already; --force writes over it")
-        made = suggestion.suggest(base, models, method, merge_options)
-    except Exception as error:  # of mergekit, torch, safetensors: each has its own types
-        click.echo(cut(str(error)) or type(error).__name__, err=True)
-        sys.exit(2)
+    if output is not None and os.path.lexists(output) and not force:
+        raise FileExistsError(f"{output} is there already; --force writes over it")
+    made = suggestion.suggest(base, models, method, merge_options)
     for finding in made.findings:
         if finding.severity is not Severity.HINT or not made.text:
             click.echo(f"{finding.severity.value}: {finding.message}", err=True)
@@ -57,8 +53,7 @@ def command(
     try:
         _write(Path(output), made.text)
     except OSError as error:
-        click.echo(f"{output} cannot be written: {cut(str(error))}", err=True)
-        sys.exit(2)
+        raise OSError(f"{output} cannot be written: {error}") from error
 
 
 def _write(path: Path, text: str) -> None:

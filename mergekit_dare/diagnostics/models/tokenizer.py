@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit_dare.diagnostics.model_files import ModelFiles, read_json
+from mergekit_dare.diagnostics.models.files import ModelFiles, read_json
 
 # What holds the tokens of a tokenizer, the first that is there.
 TOKENS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")

@@ -1,0 +1,331 @@
+"""Rules on models together, told from their settings and tokenizers: whether they fit.
+
+Each rule compares one model with the *donor*, the one whose settings the merged model takes: the
+base model, or the first model where there is none. What the config itself sees to, as with
+``tokenizer_source``, is no finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.architecture import arch_info_for_config
+
+from mergekit_dare.diagnostics.findings import Severity, cut, shown
+from mergekit_dare.diagnostics.models import tokenizer
+from mergekit_dare.diagnostics.models.description import ModelDescription
+from mergekit_dare.diagnostics.models.soundness import NamedModel
+from mergekit_dare.diagnostics.rules import Findings, rule
+
+ERROR, WARNING = Severity.ERROR, Severity.WARNING
+
+# A few tokens that moved spoil a few rows; more of them, and the embeddings of other tokens are
+# averaged.
+MOST_MOVED = 0.01
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Comparison(NamedModel):
+    """A model, what it is compared with, and what the config sees to itself.
+
+    Attributes:
+        donor: The model whose settings the merged model takes.
+        with_layers: Whether all layers of all models are merged with each other.
+        with_tokenizer: Whether the config brings the vocabularies into one order.
+        template_of: The model whose chat template the output has; ``None`` if the config sets it.
+
+    """
+
+    donor: ModelDescription
+    with_layers: bool
+    with_tokenizer: bool
+    template_of: ModelDescription | None
+
+
+@rule
+def pickled_weights(compared: Comparison) -> Findings:
+    """Find weights that are pickled only, which can run code and cannot be looked at."""
+    if compared.model.files.is_pickled:
+        message = (
+            f"the weights of {compared.model.name} are pickled only: a pickle can run code, and "
+            "its tensors are not checked here; take a copy in safetensors, or use --lazy-unpickle"
+        )
+        yield compared.finding(message, WARNING)
+
+
+@rule
+def damaged_tokenizer(compared: Comparison) -> Findings:
+    """Find a tokenizer whose files cannot be read."""
+    found = compared.model.tokenizer
+    if isinstance(found, ValueError):
+        needed = compared.model is compared.donor or compared.with_tokenizer
+        yield compared.finding(str(found), ERROR if needed else WARNING)
+
+
+@rule
+def other_architecture(compared: Comparison) -> Findings:
+    """Find a model of another architecture, by mergekit's own description where it has one."""
+    model, donor = compared.model, compared.donor
+    if _have_one_architecture(model, donor):
+        return
+    kinds = [
+        cut(f"{', '.join(map(str, _architectures(m)))} ({m.settings.get('model_type')})")
+        for m in (model, donor)
+    ]
+    message = (
+        f"{model.name} is a {kinds[0]}, {donor.name} is a {kinds[1]}: mergekit refuses to mix "
+        f"architectures (without --allow-crimes); merge models that were fine-tuned from "
+        f"{donor.name}"
+    )
+    yield compared.finding(message)
+
+
+def _have_one_architecture(model: ModelDescription, donor: ModelDescription) -> bool:
+    if model.settings.get("model_type") != donor.settings.get("model_type"):
+        return False
+    try:
+        ours, theirs = (arch_info_for_config(m.config) for m in (model, donor))
+    except Exception:
+        return True
+    return ours is None or theirs is None or ours == theirs
+
+
+def _architectures(model: ModelDescription) -> list[Any]:
+    found = model.settings.get("architectures")
+    return found if isinstance(found, list) and found else ["model of no named architecture"]
+
+
+# The number that each setting counts, in the names of several families.
+COUNTS = {
+    "num_attention_heads": "attention heads",
+    "n_head": "attention heads",
+    "n_heads": "attention heads",
+    "num_key_value_heads": "key-value heads",
+    "num_local_experts": "experts",
+    "num_experts": "experts",
+}
+LAYERS = {"num_hidden_layers": "layers", "n_layer": "layers", "n_layers": "layers"}
+SIZES = {
+    "hidden_size": "hidden size",
+    "n_embd": "hidden size",
+    "dim": "hidden size",
+    "intermediate_size": "intermediate size",
+    "n_inner": "intermediate size",
+    "hidden_dim": "intermediate size",
+    "head_dim": "head size",
+}
+
+
+@rule
+def other_size(compared: Comparison) -> Findings:
+    """Find a model of another size than the one that it is merged into."""
+    model, donor = compared.model, compared.donor
+    numbers = COUNTS | SIZES | (LAYERS if compared.with_layers else {})
+    differences = []
+    for key, noun in numbers.items():
+        ours, theirs = model.settings.get(key), donor.settings.get(key)
+        if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
+            what = f"{noun} {ours}" if key in SIZES else f"{ours} {noun}"
+            differences.append(f"{what} (not {theirs})")
+    if differences:
+        message = (
+            f"{model.name} has {', '.join(dict.fromkeys(differences))}: it is no version of "
+            f"{donor.name}, and their tensors cannot be merged"
+        )
+        yield compared.finding(message)
+
+
+# What a merged model does otherwise than the model did, if it takes another's setting.
+MEANINGS = {
+    "rope_theta": "sees other positions than it was trained with",
+    "rope_scaling": "sees other positions than it was trained with",
+    "partial_rotary_factor": "sees other positions than it was trained with",
+    "sliding_window": "looks back less far or farther",
+    "rms_norm_eps": "normalizes otherwise",
+    "layer_norm_eps": "normalizes otherwise",
+    "layer_norm_epsilon": "normalizes otherwise",
+    "hidden_act": "has another activation",
+    "hidden_activation": "has another activation",
+    "activation_function": "has another activation",
+    "max_position_embeddings": "is made for other lengths of text",
+    "n_positions": "is made for other lengths of text",
+}
+
+
+@rule
+def other_setting(compared: Comparison) -> Findings:
+    """Find a setting that differs, and that changes what the same weights do."""
+    model, donor = compared.model, compared.donor
+    for key, effect in MEANINGS.items():
+        ours, theirs = model.settings.get(key), donor.settings.get(key)
+        if ours != theirs:
+            message = (
+                f"{key} of {model.name} is {shown(ours)}, {shown(theirs)} in {donor.name}, whose "
+                f"settings the merged model takes: what came from {model.name} {effect}; set it in "
+                "the merged config.json as the model that matters most has it"
+            )
+            yield compared.finding(message, WARNING)
+
+
+@rule
+def other_tied_embeddings(compared: Comparison) -> Findings:
+    """Find a model that ties its embeddings to its lm_head where the other does not."""
+    model, donor = compared.model, compared.donor
+    ours, theirs = (bool(m.settings.get("tie_word_embeddings")) for m in (model, donor))
+    if ours != theirs:
+        lost = "its lm_head is left out" if theirs else "its embeddings stand in for the lm_head"
+        message = (
+            f"tie_word_embeddings of {model.name} is {ours}, {theirs} in {donor.name}, whose "
+            f"settings the merged model takes: {lost}"
+        )
+        yield compared.finding(message, WARNING)
+
+
+def _tokens(compared: Comparison) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Return the tokens of a model and of the donor; ``None`` if they need not be compared."""
+    ours, theirs = compared.model.vocabulary, compared.donor.vocabulary
+    if compared.with_tokenizer or ours is None or theirs is None:
+        return None
+    return (ours.ids, theirs.ids) if ours.ids and theirs.ids else None
+
+
+@rule
+def moved_tokens(compared: Comparison) -> Findings:
+    """Find tokens that have other ids than in the model whose tokenizer is taken."""
+    if (found := _tokens(compared)) is None:
+        return
+    ours, theirs = found
+    shared = ours.keys() & theirs.keys()
+    moved = [token for token in ours if token in shared and ours[token] != theirs[token]]
+    if moved:
+        examples = [f"{t!r} {ours[t]} and {theirs[t]}" for t in moved]
+        many = len(moved) > MOST_MOVED * len(shared)
+        message = (
+            f"{_number(moved)} of {compared.model.name} {_have(moved)} other ids than in "
+            f"{compared.donor.name} ({_examples(examples)}): the embeddings of different tokens "
+            "would be merged; set tokenizer_source: base, or union"
+        )
+        yield compared.finding(message, ERROR if many else WARNING)
+
+
+@rule
+def unknown_tokens(compared: Comparison) -> Findings:
+    """Find tokens that only one of two models has."""
+    if (found := _tokens(compared)) is None:
+        return
+    model, donor = compared.model, compared.donor
+    ours, theirs = found
+    here = [token for token in ours if token not in theirs]
+    there = [token for token in theirs if token not in ours]
+    if here:
+        message = (
+            f"{_number(here)} of {model.name} ({_examples(map(repr, here))}) {_are(here)} unknown "
+            f"to {donor.name}, whose tokenizer the merged model takes; set tokenizer_source: "
+            f"union, or {model.name}"
+        )
+        yield compared.finding(message, WARNING)
+    elif there:
+        message = (
+            f"{_number(there)} of {donor.name} ({_examples(map(repr, there))}) {_are(there)} not "
+            f"in {model.name}: whatever stands in its rows is merged; set tokenizer_source: base"
+        )
+        yield compared.finding(message, WARNING)
+
+
+_SPECIAL_EFFECTS = {
+    "bos_token": "a text may begin otherwise than it was trained with",
+    "eos_token": "it may not know where to stop",
+    "pad_token": "padded batches may differ",
+}
+
+
+@rule
+def other_special_token(compared: Comparison) -> Findings:
+    """Find a first, last or padding token that is another one than in the donor."""
+    if compared.with_tokenizer:
+        return
+    model, donor = compared.model, compared.donor
+    for key in tokenizer.SPECIAL:
+        ours, theirs = _special(model, key), _special(donor, key)
+        if ours is None or theirs is None:
+            ours, theirs = (_special_id(m, key) for m in (model, donor))
+        if ours is not None and theirs is not None and ours != theirs:
+            message = (
+                f"{key} of {model.name} is {cut(ours)}, {cut(theirs)} in {donor.name}, whose "
+                f"tokenizer the merged model takes: {_SPECIAL_EFFECTS[key]}; set "
+                f"tokenizer_source: {model.name} if the merged model is to be used as that one is"
+            )
+            yield compared.finding(message, WARNING)
+
+
+def _special(model: ModelDescription, key: str) -> str | None:
+    token = None if model.vocabulary is None else model.vocabulary.special.get(key)
+    return None if token is None else repr(token)
+
+
+def _special_id(model: ModelDescription, key: str) -> str | None:
+    number = model.settings.get(f"{key}_id")
+    return None if number is None else f"id {number}"
+
+
+@rule
+def lost_chat_template(compared: Comparison) -> Findings:
+    """Find a chat template that the merged model will not have."""
+    model, giver = compared.model, compared.template_of
+    if giver is None or giver is model or model.vocabulary is None:
+        return
+    ours = model.vocabulary.template
+    theirs = None if giver.vocabulary is None else giver.vocabulary.template
+    if ours is None or (theirs is not None and ours.strip() == theirs.strip()):
+        return
+    other = "has none" if theirs is None else "has another"
+    message = (
+        f"{model.name} has a chat template, and {giver.name}, whose tokenizer the merged model "
+        f"takes, {other}: the merged model will not be asked as it was trained; set "
+        "chat_template: auto"
+    )
+    yield compared.finding(message, WARNING)
+
+
+ALONE = (pickled_weights, damaged_tokenizer)  # on every model, the donor too
+OF_ONE_ARCHITECTURE = (
+    other_size,
+    other_setting,
+    other_tied_embeddings,
+    moved_tokens,
+    unknown_tokens,
+    other_special_token,
+    lost_chat_template,
+)
+RULES = (*ALONE, other_architecture, *OF_ONE_ARCHITECTURE)
+
+
+def helpful_settings(comparisons: Iterable[Comparison]) -> dict[str, str]:
+    """Return the settings of a config that see to what tokenizers differ in, with the reason."""
+    others = [compared for compared in comparisons if compared.model is not compared.donor]
+    found = {}
+    if any(list(moved_tokens(c)) + list(unknown_tokens(c)) for c in others):
+        found["tokenizer_source"] = "the models' tokens are not the same"
+    if any(list(lost_chat_template(compared)) for compared in others):
+        found["chat_template"] = "the models' chat templates are not the same"
+    return found
+
+
+def _number(tokens: list[str]) -> str:
+    return "1 token" if len(tokens) == 1 else f"{len(tokens):,} tokens"
+
+
+def _have(tokens: list[str]) -> str:
+    return "has" if len(tokens) == 1 else "have"
+
+
+def _are(tokens: list[str]) -> str:
+    return "is" if len(tokens) == 1 else "are"
+
+
+def _examples(texts: Iterable[str]) -> str:
+    found = [cut(text) for text, _ in zip(texts, range(EXAMPLES + 1), strict=False)]
+    return ", ".join(found[:EXAMPLES]) + (", ..." if len(found) > EXAMPLES else "")

@@ -1,0 +1,70 @@
+"""Rules on the models that a config names, each for itself: whether its files can be merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from huggingface_hub import constants
+from yaml.nodes import Node
+
+from mergekit_dare.diagnostics.config.document import Document
+from mergekit_dare.diagnostics.findings import Finding, Severity
+from mergekit_dare.diagnostics.models.description import ModelDescription
+from mergekit_dare.diagnostics.models.files import looks_like_the_hubs
+from mergekit_dare.diagnostics.rules import Findings, rule
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model, and where a config names it.
+
+    Attributes:
+        document: The config.
+        node: Where it is first named.
+        model: The model.
+
+    """
+
+    document: Document
+    node: Node
+    model: ModelDescription
+
+    def finding(self, message: str, severity: Severity = Severity.ERROR) -> Finding:
+        """Make a finding that points at the model's name."""
+        return self.document.finding(self.node, message, severity)
+
+
+@rule
+def unusable_model(named: NamedModel) -> Findings:
+    """Find a model that is not there, or whose files are damaged, incomplete or not a model's."""
+    yield from map(named.finding, named.model.files.problems)
+
+
+@rule
+def quantized_model(named: NamedModel) -> Findings:
+    """Find a model whose weights are codes, which a merge would take for weights."""
+    if named.model.files.quantized is not None:
+        yield named.finding(named.model.files.quantized)
+
+
+@rule
+def unusable_adapter(named: NamedModel) -> Findings:
+    """Find an adapter that is not there, or is not one."""
+    yield from map(named.finding, named.model.adapter_problems)
+
+
+@rule
+def name_like_the_hubs(named: NamedModel) -> Findings:
+    """Find a folder that mergekit looks up on the hub after the merge, which needs a network."""
+    reference = named.model.reference
+    adapter = [] if reference.lora is None else [reference.lora.path]
+    for name in filter(looks_like_the_hubs, [reference.model.path, *adapter]):
+        offline = constants.HF_HUB_OFFLINE
+        message = (
+            f"after the merge, mergekit asks the hub whether it has a model {name}, and fails "
+            f"{'as HF_HUB_OFFLINE is set' if offline else 'without a network'}; write ./{name}"
+        )
+        yield named.finding(message, Severity.WARNING if offline else Severity.HINT)
+
+
+RULES = (unusable_model, quantized_model, unusable_adapter, name_like_the_hubs)

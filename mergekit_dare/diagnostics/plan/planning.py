@@ -1,0 +1,92 @@
+"""mergekit's own planners, run on a config; nothing is written."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.scripts import merge_raw_pytorch
+
+
+def plan(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    merge_adapters: bool = True,
+    names: Mapping[ModelReference, Iterable[str]] | None = None,
+) -> list[SaveTensor]:
+    """Return the tensors that mergekit-yaml would save, with the tasks that make them.
+
+    Args:
+        config: As mergekit has it; left as it is.
+        options: Those that mergekit-yaml would be given.
+        merge_adapters: Whether adapters may be merged into their models, which is work and
+            needs ``lora_merge_cache``; else the models stand in for them.
+        names: The stored tensors of models that are not on this machine, and are not to be
+            fetched.
+
+    Raises:
+        Exception: whatever mergekit raises: the models do not fit, or their files are not there.
+
+    """
+    config = config.model_copy(deep=True)
+    architecture = get_architecture_info(config, options)
+    cache = LoaderCache()
+    cache.setup(options=options)
+    # It keeps what it has read of a model; the files may have changed since.
+    cache.loaders.clear()
+    for model, stored in (names or {}).items():
+        paths = dict.fromkeys(stored, "not fetched")
+        index = ShardedTensorIndex("", is_safetensors=True, tensor_paths=paths, shards=[])
+        cache.loaders[model] = LazyTensorLoader(index, lazy_unpickle=False)
+    if not merge_adapters:
+        for model in filter(lambda model: model.lora, config.referenced_models()):
+            if model in cache.loaders:
+                continue
+            plain = ModelReference(model=model.model)
+            cache.loaders[model] = plain.lazy_loader(cache_dir=options.transformers_cache)
+    donor = config.base_model or config.referenced_models()[0]
+    out_config = donor.config(trust_remote_code=options.trust_remote_code)
+    planner = MergePlanner(config, architecture, options, out_config)
+    # Planning writes nothing: the folder would be made when the tasks are run.
+    tasks = planner.plan_to_disk("unused")
+    return [task for task in tasks if isinstance(task, SaveTensor)]
+
+
+@contextmanager
+def cached_adapters(options: MergeOptions) -> Iterator[MergeOptions]:
+    """Give the options a folder for adapters that are merged into models, if they have none."""
+    if options.lora_merge_cache is not None:
+        yield options
+        return
+    with TemporaryDirectory(prefix="mergekit-dare-") as cache:
+        yield options.model_copy(update={"lora_merge_cache": cache})
+
+
+def plan_single_files(config: Mapping[str, Any], options: MergeOptions) -> list[SaveTensor]:
+    """Return the tensors that mergekit-pytorch would save, with the tasks that make them.
+
+    Tensors that some files lack are left out, as with ``--tensor-intersection``.
+    """
+    checked = merge_raw_pytorch.RawPyTorchMergeConfig.model_validate(config)
+    with redirect_stderr(io.StringIO()):  # progress bars of planning, which takes no time
+        tasks = merge_raw_pytorch.plan_flat_merge(checked, "unused", False, True, options)
+    saves = [save for save in cast(list[Any], tasks) if isinstance(save, SaveTensor)]
+    return sorted(saves, key=lambda save: save.tensor_name)
+
+
+def take_seed(options: MergeOptions) -> None:
+    """Let merges without a ``seed`` take that of ``--random-seed``, as mergekit's commands do."""
+    if options.random_seed is not None:
+        torch.manual_seed(options.random_seed)

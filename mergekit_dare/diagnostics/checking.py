@@ -134,6 +134,8 @@ class _Checking:
             findings += self.run(plan_rules.OF_ANY_PLAN, plan)
             if not _has_error(findings) and plan.refusal is None:
                 findings += self.run(plan_rules.OF_A_PLAN, plan)
+            if not _has_error(findings) and plan.refusal is None:
+                findings += self.run(plan_rules.OF_THE_OUTPUT, plan)
         return findings
 
     def _of_models_together(self, examination: Examination) -> list[Finding]:

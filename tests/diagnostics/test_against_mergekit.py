@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
     "a tensor that no output has": (
         lambda f: merge_of(f, "more", "a"),
         True,
-        "warning: tensor vision.weight of {f}/more is in no output",
+        "hint: tensor vision.weight of {f}/more is in no output",
     ),
     "an adapter": (
         lambda f: merge_of(f, "base", f"base+{f}/adapter", "a"),

@@ -147,9 +147,9 @@ def change_json(model: Path, file: str = "config.json", **changes: object) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def change_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(model / "model.safetensors")
-    change(tensors)
+def change_tensors(model: Path, more: dict[str, torch.Tensor], without: str = "") -> None:
+    tensors = load_file(model / "model.safetensors") | more
+    tensors.pop(without, None)
     save_file(tensors, model / "model.safetensors")
 
 
@@ -160,7 +160,7 @@ def pickle(model: Path) -> None:
 
 def quantize(folder: Path) -> None:
     codes = torch.zeros(8, dtype=torch.int32)
-    change_tensors(folder / "a", lambda tensors: tensors.update({"x.qweight": codes}))
+    change_tensors(folder / "a", {"x.qweight": codes})
     change_json(folder / "a", quantization_config={"quant_method": "gptq"})
 
 
@@ -168,7 +168,19 @@ def make_strange(folder: Path) -> None:
     """An architecture that mergekit does not know, and one tensor more in a model."""
     for name in ("base", "a"):
         change_json(folder / name, architectures=["X"], model_type="x")
-    change_tensors(folder / "a", lambda tensors: tensors.update({"y": torch.ones(1)}))
+    change_tensors(folder / "a", {"y": torch.ones(1)})
+
+
+def add_mlp_biases(folder: Path) -> None:
+    """What Llama's class needs if its settings say so, and mergekit's description does not name."""
+    for name in ("base", "a"):
+        change_json(folder / name, mlp_bias=True)
+        biases = {
+            f"model.layers.{layer}.mlp.{part}_proj.bias": torch.ones(32 if part == "down" else 48)
+            for layer in range(zoo.LAYERS)
+            for part in ("gate", "up", "down")
+        }
+        change_tensors(folder / name, biases)
 
 
 def a_model(name: str) -> Config:
@@ -206,17 +218,14 @@ MODELS: dict[str, Callable[[Path], object]] = {
         f / "a", "tokenizer_config.json", eos_token="<unk>"
     ),
     "lost-chat-template": lambda f: (f / "a" / "chat_template.jinja").write_text("x"),
-    "missing-tensor": lambda f: change_tensors(f / "a", lambda t: t.pop(NORM)),
-    "other-shape": lambda f: change_tensors(f / "a", lambda t: t.update({NORM: torch.ones(3)})),
-    "left-out-tensor": lambda f: change_tensors(
-        f / "base", lambda t: t.update({"more": torch.ones(3)})
-    ),
+    "missing-tensor": lambda f: change_tensors(f / "a", {}, without=NORM),
+    "other-shape": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
+    "left-out-tensor": lambda f: change_tensors(f / "base", {"more": torch.ones(3)}),
+    "lost-weights": add_mlp_biases,
     "refused-tokenizer": lambda f: (f / "base" / "tokenizer.json").write_text("{}"),
     "refused-plan": make_strange,
-    "missing-in-a-file": lambda f: change_tensors(f / "a", lambda t: t.pop(NORM)),
-    "other-shape-in-a-file": lambda f: change_tensors(
-        f / "a", lambda t: t.update({NORM: torch.ones(3)})
-    ),
+    "missing-in-a-file": lambda f: change_tensors(f / "a", {}, without=NORM),
+    "other-shape-in-a-file": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
 }
 # Of these, what is changed in the config, with nothing to find in the models as they were.
 WITH: dict[str, Callable[[Path], Config]] = {

@@ -87,6 +87,12 @@ class MergePlan:
         return any(Path(m.model.path).is_file() for m in self.config.referenced_models())
 
     @property
+    def is_of_slices(self) -> bool:
+        """Whether the output is put together of slices of models."""
+        modules = (self.config.modules or {}).values()
+        return bool(self.config.slices) or any(module.slices for module in modules)
+
+    @property
     def _remote(self) -> list[ModelReference]:
         return [m for m in self.config.referenced_models() if not is_local(m.model.path)]
 

@@ -16,12 +16,17 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dare.diagnostics.config.nodes import get
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
-from mergekit_dare.diagnostics.plan import tasks
+from mergekit_dare.diagnostics.plan import completeness, tasks
+from mergekit_dare.diagnostics.plan.completeness import (
+    BY_NAME,
+    are,
+    donor_of,
+    have_the_same_names,
+    is_whole,
+    some,
+)
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
-
-# Buffers that older files have, and that are made anew when a model is loaded.
-_BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
 
 
 @rule
@@ -33,7 +38,7 @@ def missing_in_a_file(plan: MergePlan) -> Findings:
         missing = [name for name in ours if name not in theirs]
         if ours and theirs and missing:  # else pickled: names are not known
             message = (
-                f"{_some(missing)} of {base} {_are(missing)} missing in {model}; mergekit-pytorch "
+                f"{some(missing)} of {base} {are(missing)} missing in {model}; mergekit-pytorch "
                 "needs --tensor-intersection or --tensor-union"
             )
             yield plan.finding(model, message, Severity.WARNING)
@@ -67,7 +72,9 @@ def layers_that_are_not_there(plan: MergePlan) -> Findings:
 def refused_plan(plan: MergePlan) -> Findings:
     """Find a merge that mergekit cannot plan."""
     if plan.refusal is not None:
-        yield plan.finding(None, f"mergekit cannot plan this merge: {cut(plan.refusal)}")
+        advice = f"; {BY_NAME}" if have_the_same_names(plan) else ""
+        refusal = cut(plan.refusal).rstrip(".")
+        yield plan.finding(None, f"mergekit cannot plan this merge: {refusal}{advice}")
 
 
 @rule
@@ -94,9 +101,20 @@ def missing_tensor(plan: MergePlan) -> Findings:
             continue
         for model in lacking:
             missing.setdefault(model, []).append(weight.name)
+    donor = donor_of(plan)
+    asked_in_vain = set(missing.get(donor, ())) if is_whole(plan) else set()
+    if asked_in_vain:
+        names = [name for name in missing[donor] if name in asked_in_vain]
+        message = (
+            f"mergekit's description of this architecture asks for {some(names)}, which {donor} "
+            f"does not have, and does not need; {BY_NAME}"
+        )
+        yield plan.finding(donor, message)
     for model, names in missing.items():
-        message = f"{_some(names)} {_are(names)} missing in {model}, which the merge needs"
-        yield plan.finding(model, message)
+        names = [name for name in names if name not in asked_in_vain]
+        if names:
+            message = f"{some(names)} {are(names)} missing in {model}, which the merge needs"
+            yield plan.finding(model, message)
 
 
 def _must_be_whole(task: ExecuteMergeMethodTask, lacking: list[ModelReference]) -> bool:
@@ -194,35 +212,6 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
 
 
-@rule
-def left_out_tensor(plan: MergePlan) -> Findings:
-    """Find a tensor of the base model that is in no output: mergekit drops it without a word."""
-    base = plan.base
-    if base is None or plan.config.slices is not None:
-        return
-    files = plan.models[base].files
-    used = {name for tensor in plan.tensors for name in tensor.used.get(base, ())}
-    # A tied pair is stored once or twice; the plan takes the one.
-    left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
-    if files.config.get("tie_word_embeddings"):
-        left = [name for name in left if "lm_head" not in name]
-    if left:
-        message = (
-            f"{_some(left)} of {base} {_are(left)} in no output: mergekit's description of this "
-            "architecture does not name them, and the merged model will lack them"
-        )
-        yield plan.finding(base, message, Severity.WARNING)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor {cut(names[0])}{more}"
-
-
-def _are(names: list[str]) -> str:
-    return "are" if len(names) > 1 else "is"
-
-
 OF_SINGLE_FILES = (missing_in_a_file, other_shape_in_a_file)
 # On a plan that there may not be, and on one that there is.
 OF_ANY_PLAN = (layers_that_are_not_there, refused_plan)
@@ -230,8 +219,9 @@ OF_A_PLAN = (
     refused_tokenizer,
     missing_tensor,
     other_shape,
-    left_out_tensor,
     weights_on_the_hub,
     full_disk,
 )
-RULES = (*OF_SINGLE_FILES, *OF_ANY_PLAN, *OF_A_PLAN)
+# On one that mergekit would carry out.
+OF_THE_OUTPUT = completeness.RULES
+RULES = (*OF_SINGLE_FILES, *OF_ANY_PLAN, *OF_A_PLAN, *OF_THE_OUTPUT)

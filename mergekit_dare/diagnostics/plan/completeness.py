@@ -1,0 +1,212 @@
+"""Whether the merged model will have every weight that its class needs.
+
+mergekit merges what its description of an architecture names. What a model stores beside that is
+left out silently, and transformers fills it with random numbers when the merged model is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mergekit.common import ModelReference
+
+from mergekit_dare.diagnostics.findings import Severity, cut, reason
+from mergekit_dare.diagnostics.models import loading
+from mergekit_dare.diagnostics.models.loading import Loading
+from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
+from mergekit_dare.diagnostics.rules import Findings, rule
+from mergekit_dare.plugin.headers import StoredTensor
+
+BY_NAME = "merge with mergekit-dare by-name, which needs no description"
+MOST_PARTS = 3
+# Buffers that older files have, and that are made anew when a model is loaded.
+_BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes of loading the merged model, beside the model whose settings it takes.
+
+    Attributes:
+        before: What transformers makes of that model; ``None`` if its class is not known.
+        after: What it makes of the merged one; ``None`` if it cannot load it.
+        refusal: Why it cannot.
+
+    """
+
+    before: Loading | None = None
+    after: Loading | None = None
+    refusal: str | None = None
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """The parameters that only the merged model lacks."""
+        if self.before is None or self.after is None:
+            return frozenset()
+        return self.after.missing - self.before.missing
+
+
+@functools.lru_cache(maxsize=8)
+def outcome(plan: MergePlan) -> Outcome:
+    """Load the merged model on the meta device, unless it stores all that the donor stores.
+
+    Nothing is known of a merge of slices, whose layers are not those of the donor.
+    """
+    if plan.is_of_slices:
+        return Outcome()
+    donor = plan.models[donor_of(plan)]
+    merged = _merged(plan)
+    try:
+        before = loading.load(donor, donor.files.tensors)
+    except Exception:  # code of its own, or settings of another release: nothing is known
+        return Outcome()
+    if before is None or donor.files.tensors.keys() <= merged.keys():
+        return Outcome(before, before)
+    try:
+        return Outcome(before, loading.load(donor, merged))
+    except Exception as error:
+        return Outcome(before, None, reason(error))
+
+
+def is_whole(plan: MergePlan) -> bool:
+    """Tell whether the donor has all that its class needs, so far as that is known."""
+    before = outcome(plan).before
+    return before is not None and not before.missing
+
+
+def have_the_same_names(plan: MergePlan) -> bool:
+    """Tell whether all models store tensors of the same names."""
+    names = [plan.models[m].files.tensors.keys() for m in plan.config.referenced_models()]
+    return bool(names[0]) and all(other == names[0] for other in names)
+
+
+def donor_of(plan: MergePlan) -> ModelReference:
+    """Return the model whose settings the merged model takes."""
+    return plan.base or plan.config.referenced_models()[0]
+
+
+def _merged(plan: MergePlan) -> dict[str, StoredTensor]:
+    """Return the tensors of the merged model: those that at least one model has."""
+    merged = {}
+    for tensor in plan.tensors:
+        stored = next((found for found in tensor.inputs.values() if found is not None), None)
+        if stored is not None:
+            merged[tensor.task.output_weight.name] = stored
+    return merged
+
+
+@rule
+def lost_weights(plan: MergePlan) -> Findings:
+    """Find weights that the merged model needs, and that mergekit would silently leave out."""
+    found = outcome(plan)
+    donor = donor_of(plan)
+    if found.refusal is not None:
+        message = f"transformers could not load the merged model: {cut(found.refusal)}; {BY_NAME}"
+        yield plan.finding(donor, message)
+    elif found.lost and found.before is not None:
+        parts = in_words(found.lost, found.before.parameters)
+        message = (
+            f"the merged model would lack {parts}: mergekit's description of this architecture "
+            f"leaves them out, and transformers would fill them with random numbers; {BY_NAME}"
+        )
+        yield plan.finding(donor, message)
+
+
+@rule
+def left_out_tensor(plan: MergePlan) -> Findings:
+    """Find a tensor of the base model that is in no output."""
+    donor, found = donor_of(plan), outcome(plan)
+    left = [] if plan.is_of_slices or found.lost or found.refusal else left_out(plan, donor)
+    if left and found.before is None:
+        message = (
+            f"{some(left)} of {donor} {are(left)} in no output: mergekit's description of this "
+            "architecture does not name them, and the merged model will lack them"
+        )
+        yield plan.finding(donor, message, Severity.WARNING)
+    elif found.before is not None:
+        left = [name for name in left if name not in found.before.used]
+        if left:
+            message = (
+                f"{some(left)} of {donor} {are(left)} in no output, and its class does not use "
+                f"{'it' if len(left) == 1 else 'them'}"
+            )
+            yield plan.finding(donor, message, Severity.HINT)
+
+
+def left_out(plan: MergePlan, model: ModelReference) -> list[str]:
+    """Return the names of a model's tensors that no output is made of, but buffers."""
+    files = plan.models[model].files
+    used = {name for tensor in plan.tensors for name in tensor.used.get(model, ())}
+    # A tied pair is stored once or twice; the plan takes the one.
+    left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
+    if files.config.get("tie_word_embeddings"):
+        left = [name for name in left if "lm_head" not in name]
+    return left
+
+
+def in_words(lost: Iterable[str], parameters: Iterable[str]) -> str:
+    """Say which parts of a model parameters are: whole modules, and which layers have them.
+
+    ``lost`` are some of the ``parameters``, which are all of the model's.
+    """
+    parameters = frozenset(parameters)
+    groups: dict[str, list[str]] = {}
+    for part in _whole_parts(lost, parameters):
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", part), []).append(part)
+    texts = [
+        _group_in_words(pattern, parts, parts[0] in parameters) for pattern, parts in groups.items()
+    ]
+    if len(texts) > MOST_PARTS:
+        texts[MOST_PARTS:] = [f"{len(texts) - MOST_PARTS} more parts"]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def _whole_parts(lost: Iterable[str], parameters: Iterable[str]) -> list[str]:
+    """Return the largest modules of which all parameters are lost, and single parameters."""
+    lost = sorted(lost, key=_in_natural_order)
+    of_all = Counter(part for name in parameters for part in _prefixes(name))
+    of_lost = Counter(part for name in lost for part in _prefixes(name))
+    whole = (next(p for p in _prefixes(name) if of_lost[p] >= of_all[p]) for name in lost)
+    return list(dict.fromkeys(whole))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the modules that a parameter lies in, the outermost first, and the parameter."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _in_natural_order(name: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
+
+
+def _group_in_words(pattern: str, parts: list[str], is_parameter: bool) -> str:
+    """Say what parts of one pattern are, as in ``the experts of layer 1 and 30 more layers``."""
+    steps = pattern.split(".")
+    names = [step.replace("_", " ") for step in steps if step != "*"]
+    what = f"{names[-1]} of the {names[-2]}" if is_parameter and names[1:] else names[-1]
+    if "*" not in steps:
+        return f"{'the' if is_parameter else 'all of the'} {what} ({pattern})"
+    first = re.findall(r"(?<=\.)\d+(?=\.|$)", parts[0])[0]
+    more = len(parts) - 1
+    others = f" and {more} more layer{'s' if more > 1 else ''}" if more else ""
+    what = "all" if steps[-1] == "*" else f"the {what}"
+    return f"{what} of layer {first}{others} ({pattern})"
+
+
+def some(names: list[str]) -> str:
+    """Name the first of several tensors."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {cut(names[0])}{more}"
+
+
+def are(names: list[str]) -> str:
+    """Return the verb for so many."""
+    return "are" if len(names) > 1 else "is"
+
+
+RULES = (lost_weights, left_out_tensor)

@@ -14,7 +14,7 @@ __all__ = ["__version__", "register"]
 
 
 def register() -> bool:
-    """Make ``dare_linear`` and ``dare_ties`` of this package mergekit's methods of those names.
+    """Make this package's ``dare_linear`` and ``dare_ties`` mergekit's methods of those names.
 
     Imports mergekit. May be called any number of times.
 

@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         print(
             f"usage: python -m mergekit_dare {{{','.join(COMMANDS)}}} ARGUMENTS...\n"
-            "Run mergekit-yaml, mergekit-multi or mergekit-pytorch with the dare_linear and "
-            "dare_ties of mergekit-dare.",
+            "Run mergekit-yaml, mergekit-multi or mergekit-pytorch with mergekit-dare's "
+            "dare_linear and dare_ties.",
             file=sys.stderr,
         )
         return 2

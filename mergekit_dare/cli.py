@@ -13,20 +13,20 @@ from mergekit_dare import __version__
 
 
 class _Command(NamedTuple):
-    """A command: its line in the list of all, and what comes before an error's message."""
+    """A command: its line in the list of commands, and what precedes an error's message."""
 
     summary: str
     before_error: str = ""
 
 
-# In mergekit_dare.commands, each in the module of its name, which is imported when it is called:
-# most of them bring mergekit and torch.
+# Each is in mergekit_dare.commands, in the module of its name, which is imported only when the
+# command is called: most of them import mergekit and torch.
 COMMANDS = {
-    "check": _Command("Find what is wrong with configs, without reading a weight."),
-    "doctor": _Command("See whether the plugin is active, and what mends it if it is not."),
-    "inspect": _Command("Measure the deltas of a config."),
+    "check": _Command("Find mistakes in configs without reading any weights."),
+    "doctor": _Command("Check whether the plugin is active and, if not, how to fix it."),
+    "inspect": _Command("Measure the deltas of a config's models."),
     "suggest": _Command("Write a config to start from."),
-    "verify": _Command("Merge again, and compare the bytes.", "It cannot be told: "),
+    "verify": _Command("Repeat a merge and compare the bytes.", "Cannot verify: "),
 }
 CANNOT_GO_ON, INTERRUPTED = 2, 130
 
@@ -41,11 +41,11 @@ class _Commands(click.Group):
             raise
         except click.ClickException:
             raise
-        except KeyboardInterrupt:  # click's own code for it, 1, is a verdict here
+        except KeyboardInterrupt:  # click's own code for it, 1, means a verdict here
             sys.exit(INTERRUPTED)
-        except Exception as error:  # of mergekit, torch, safetensors: each has its own types
+        except Exception as error:  # mergekit, torch and safetensors raise types of their own
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # who reads has seen enough: click knows of that
+                raise  # the reader has closed the pipe: click handles that
             from mergekit_dare.diagnostics.findings import reason
 
             before = COMMANDS[str(ctx.invoked_subcommand)].before_error
@@ -71,6 +71,6 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="mergekit-dare")
 def main() -> None:
     """DARE for mergekit: know before you merge."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character of a config
+    for stream in (sys.stdout, sys.stderr):  # not every terminal can show every character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

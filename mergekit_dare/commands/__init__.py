@@ -1,4 +1,4 @@
-"""The commands of ``mergekit-dare``, one module each: options, words and exit codes, nothing else.
+"""The commands of ``mergekit-dare``, one module each: only options, output and exit codes.
 
-What they tell is found out in ``diagnostics``.
+What they report is found out in ``diagnostics``.
 """

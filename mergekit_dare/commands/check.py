@@ -34,10 +34,10 @@ def _ids(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tupl
 
 @click.command("check")
 @click.argument("configs", nargs=-1, required=True)
-@click.option("--files", is_flag=True, help="Also look at the headers of the models' files.")
+@click.option("--files", is_flag=True, help="Also check the models, by the headers of their files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option(
-    "--ignore", metavar="ID", multiple=True, callback=_ids, help="Leave a rule out; repeatable."
+    "--ignore", metavar="ID", multiple=True, callback=_ids, help="Skip a rule; repeatable."
 )
 @click.option(
     "--rules",
@@ -45,20 +45,20 @@ def _ids(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tupl
     is_eager=True,
     expose_value=False,
     callback=_list_rules,
-    help="List the rules by their ids, and exit.",
+    help="List the rules with their ids and exit.",
 )
 def command(configs: tuple[str, ...], files: bool, as_json: bool, ignore: tuple[str, ...]) -> None:
-    """Find what is wrong with CONFIGS, without reading a weight.
+    """Find mistakes in CONFIGS without reading any weights.
 
-    A comment in a config's line, # mergekit-dare: ignore ID, leaves a rule out for that line. Exit
-    code 0: no errors (warnings and hints may be there); 1: errors; 2: a file cannot be used.
+    The comment # mergekit-dare: ignore ID skips a rule for its line. Exit code 0: no errors (there
+    may be warnings and hints); 1: errors; 2: a file cannot be used.
     """
     code = 0
     findings = []
     for config in configs:
         try:
             found = check_file(config, files=files, ignored=ignore)
-        except UnusableFileError as error:  # the other configs are checked even so
+        except UnusableFileError as error:  # the other configs are checked all the same
             if as_json:
                 findings.append(Finding(Severity.ERROR, config, 1, "", str(error)))
             else:
@@ -74,5 +74,5 @@ def command(configs: tuple[str, ...], files: bool, as_json: bool, ignore: tuple[
         for finding in findings:
             click.echo(str(finding))
         if code == 0 and not findings:
-            click.echo("Nothing to find.")
+            click.echo("No problems found.")
     sys.exit(code)

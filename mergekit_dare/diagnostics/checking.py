@@ -1,4 +1,4 @@
-"""Running the rules of all rooms over the configs of a file."""
+"""Running the rules of all rooms on the configs of a file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mergekit_dare.diagnostics.models import compatibility, soundness
 from mergekit_dare.diagnostics.plan import rules as plan_rules
 from mergekit_dare.diagnostics.rules import Findings, Rule, Subject, rule
 
-# A flood helps nobody: of more findings, the rest are counted.
+# A flood helps nobody: beyond this number, findings are only counted.
 MOST_FINDINGS = 100
 _COMMENT = re.compile(r"#\s*mergekit-dare:\s*ignore\s+([\w\-, ]+)")
 
 
 @rule
 def unknown_rule(document: Document) -> Findings:
-    """Find a comment that ignores a rule which does not exist."""
+    """Find a comment that ignores a rule that does not exist."""
     for number, line in enumerate(document.lines, 1):
         for name in _ignored_in(line):
             if name not in RULES:
@@ -51,13 +51,13 @@ def check_file(path: str, *, files: bool = False, ignored: Collection[str] = ())
     Args:
         path: A YAML file with one config, or several as ``mergekit-multi`` takes them.
         files: Also plan the merge, and look at the headers of the models' files.
-        ignored: Ids of rules that are not run.
+        ignored: Ids of rules that are skipped.
 
     Returns:
         The findings in the order of their lines.
 
     Raises:
-        UnusableFileError: the file cannot be read, is not YAML, or a document is no mapping.
+        UnusableFileError: the file cannot be read, is not YAML, or a document is not a mapping.
 
     """
     documents = read(path)
@@ -85,13 +85,13 @@ def check(
     findings = sorted(dict.fromkeys(findings), key=lambda finding: finding.line)
     if len(findings) > MOST_FINDINGS:
         last = findings[MOST_FINDINGS]
-        message = f"{len(findings) - MOST_FINDINGS} more findings; mend these first"
+        message = f"{len(findings) - MOST_FINDINGS} more findings; fix these first"
         findings[MOST_FINDINGS:] = [Finding(Severity.ERROR, last.file, last.line, "", message)]
     return findings
 
 
 class _Checking:
-    """Runs rules, but those that are ignored: everywhere, or by a comment in one of the lines."""
+    """Runs all rules but the ignored ones: ignored everywhere, or by a comment for its line."""
 
     def __init__(self, ignored: Collection[str], lines: Sequence[str]) -> None:
         self._ignored = ignored
@@ -117,7 +117,7 @@ class _Checking:
         return findings
 
     def of_files(self, examination: Examination, *, and_plan: bool) -> list[Finding]:
-        """Find what is wrong with a config's models, and with the plan if it is to be made."""
+        """Find what is wrong with a config's models and, if asked for, with its plan."""
         findings: list[Finding] = []
         for named in examination.named_models:
             findings += self.run(soundness.RULES, named)
@@ -125,7 +125,7 @@ class _Checking:
             return findings
         try:
             plan = examination.plan
-        except Exception:  # said by the rules on the config
+        except Exception:  # the rules on the config report it
             return findings
         if plan.is_of_single_files:
             return findings + self.run(plan_rules.OF_SINGLE_FILES, plan)
@@ -144,7 +144,7 @@ class _Checking:
             findings += self.run(compatibility.ALONE, compared)
         others = [c for c in examination.comparisons if c.model is not c.donor]
         for compared in others:
-            # Of another architecture, all else is another, too.
+            # If the architecture differs, everything else does, too.
             findings += self.run([compatibility.other_architecture], compared) or self.run(
                 compatibility.OF_ONE_ARCHITECTURE, compared
             )
@@ -152,7 +152,7 @@ class _Checking:
 
 
 def _ignored_in(line: str) -> list[str]:
-    """Return the ids of the rules that a comment in a line switches off."""
+    """Return the ids of the rules that a comment turns off for its line."""
     found = _COMMENT.search(line)
     return [] if found is None else re.split(r"[\s,]+", found[1].strip())
 
@@ -162,9 +162,9 @@ def _has_error(findings: Iterable[Finding]) -> bool:
 
 
 def _add_new(findings: list[Finding], more: Iterable[Finding]) -> list[Finding]:
-    """Add what mergekit says, but not where an error has been named already in better words.
+    """Add what mergekit reports, except where a clearer error has already been found.
 
-    What it says of a whole config is new only if nothing else has been found.
+    What it reports for a config as a whole is new only if nothing else has been found.
     """
     errors = {finding.line for finding in findings if finding.severity is Severity.ERROR}
     return findings + [finding for finding in more if not _is_covered(finding, errors)]

@@ -1,6 +1,6 @@
-"""One config, its models and mergekit's plan for them: each is looked at once, when it is needed.
+"""One config, its models and mergekit's plan for them: each is examined once, when needed.
 
-check, inspect, suggest and verify hand this object on, so that none of them looks anew.
+check, inspect, suggest and verify pass this object on, so that nothing is examined twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Examination:
     Attributes:
         document: The config, with its lines.
         models: Its models, which several examinations may share.
-        made_here: Names of merges of the same file, which are no models yet.
+        made_here: Names of merges in the same file, whose models do not exist yet.
         options: mergekit's own, for loading models.
 
     """
@@ -54,7 +54,7 @@ class Examination:
 
     @cached_property
     def named_models(self) -> list[NamedModel]:
-        """The models that are there before the merge, here or on the hub."""
+        """The models that exist before the merge, here or on the hub."""
         nodes = self.document.model_nodes
         found = [model for model in nodes if model.model.path not in self.made_here]
         self.models.look_at(found)
@@ -62,7 +62,7 @@ class Examination:
 
     @property
     def has_all_models(self) -> bool:
-        """Whether every model is there, and usable."""
+        """Whether every model exists and is usable."""
         named = self.named_models
         return len(named) == len(self.document.model_nodes) and not any(
             found.model.files.why_unusable or found.model.adapter_problems for found in named
@@ -70,9 +70,9 @@ class Examination:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Each model that is a folder, beside the one whose settings the merged model takes.
+        """Each model that is a folder, and the one whose settings the merged model inherits.
 
-        Empty if that one is no folder.
+        Empty if the latter is not a folder.
         """
         config = self.config
         named = [found for found in self.named_models if found.model.files.folder is not None]

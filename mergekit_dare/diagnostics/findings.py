@@ -1,4 +1,4 @@
-"""What a check finds: where, how bad it is, and what to write instead."""
+"""What a check finds: where it is, how bad it is, and what to write instead."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _LONGEST_TEXT = 120
 
 
 class UnusableFileError(Exception):
-    """A file that cannot be used: it cannot be read, or does not hold what it should."""
+    """A file that cannot be used: it cannot be read, or its content is not what it should be."""
 
 
 class Severity(Enum):
     """How bad a finding is.
 
-    An error: the merge fails, or it is not the merge that the config describes. A warning: that
-    may be so. A hint: the merge is as described, and could be better.
+    An error: the merge fails, or is not the one that the config describes. A warning: that may
+    happen. A hint: the merge is as described, but could be better.
     """
 
     ERROR = "error"
@@ -35,7 +35,7 @@ class Finding:
         severity: How bad it is.
         file: The config's path as it was given.
         line: Counted from 1.
-        text: What stands there.
+        text: The line's content.
         message: What is wrong with it, and what to write instead.
         rule: The id of the rule that found it; empty if no rule did.
 
@@ -55,7 +55,7 @@ class Finding:
         return f"{self.file}:{self.line}: {self.severity.value}: {text}{self.message}{rule}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the attributes as JSON takes them."""
+        """Return the attributes as values for JSON."""
         return asdict(self) | {"severity": self.severity.value}
 
 
@@ -81,6 +81,6 @@ def reason(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean KNOWN?`` if one of them is near."""
+    """Return ``; did you mean KNOWN?`` if one of them is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,6 @@
 """What a rule is: a function from its subject to findings, with an id and a sentence.
 
-The rules lie with their subjects, in ``config``, ``models`` and ``plan``; ``checking`` runs them.
+The rules are beside their subjects, in ``config``, ``models`` and ``plan``; ``checking`` runs them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Rule(Generic[Subject]):
     """One kind of finding.
 
     Attributes:
-        id: What it is called in ``--ignore``: the function's name with hyphens.
+        id: Its name in ``--ignore``: the function's name with hyphens.
         sentence: What it finds: the first line of the function's docstring.
         find: Returns what it finds in a subject.
 
@@ -38,6 +38,6 @@ class Rule(Generic[Subject]):
 
 
 def rule(find: Callable[[Subject], Findings]) -> Rule[Subject]:
-    """Make a rule of a function, by its name and its docstring."""
+    """Make a function a rule, from its name and its docstring."""
     sentence = (inspect.getdoc(find) or "").splitlines()[0]
     return Rule(find.__name__.replace("_", "-"), sentence, find)

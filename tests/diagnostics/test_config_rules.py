@@ -42,7 +42,7 @@ dtype: bfloat16
 
 # What is replaced in CLEAN, by what, the severity, the line that is named, and the message.
 CASES: dict[str, tuple[str, str, Severity, str, str]] = {
-    "misspelt parameter": (
+    "misspelled parameter": (
         "density: 0.3\n  - model",
         "densty: 0.3\n  - model",
         ERROR,
@@ -70,14 +70,14 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "int8_mask: true",
         "int8_mask has no effect: no mask is stored",
     ),
-    "sampling misspelt": (
+    "sampling misspelled": (
         "seed: 42",
         "seed: 42\n  sampling: magnitud",
         ERROR,
         "sampling: magnitud",
         "sampling is 'magnitud', but must be uniform or magnitude; did you mean magnitude?",
     ),
-    "rounding misspelt": (
+    "rounding misspelled": (
         "seed: 42",
         "seed: 42\n  rounding: up",
         ERROR,
@@ -89,7 +89,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "seed: 42\n  rounding: stochastic\ndtype: float32\nout_dtype: bfloat16",
         WARNING,
         "rounding: stochastic",
-        "mergekit rounds to out_dtype: bfloat16 after the merge, to nearest",
+        "mergekit rounds to nearest, for out_dtype: bfloat16; set dtype: bfloat16 instead",
     ),
     "stochastic rounding of float32": (
         "seed: 42\ndtype: bfloat16",
@@ -103,7 +103,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "dtype: float32\nout_dtype: float16",
         WARNING,
         "out_dtype: float16",
-        "numbers above 65504 become infinite without a word",
+        "numbers above 65504 silently become infinite",
     ),
     "dtype that is none": (
         "dtype: bfloat16",
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "seed: [1, 2]",
         ERROR,
         "seed: [1, 2]",
-        "seed is a whole number, and a gradient is interpolated between the layers",
+        "seed is a whole number, but a gradient is interpolated between the layers",
     ),
     "model that cannot be parsed": (
         "- model: ./code",
@@ -159,21 +159,21 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "- model: {model: {path: ./math}}",
         ERROR,
         "- model: {model: {path: ./math}}",
-        "./math is listed twice; mergekit refuses that",
+        "./math is listed twice, which mergekit refuses",
     ),
     "weight outside parameters": (
         "    parameters:\n      weight: 0.5",
         "    weight: 0.5\n    parameters:\n      weight: 0.5",
         ERROR,
         "weight: 0.5",
-        "weight has no effect at a model's level; put it under parameters:",
+        "weight has no effect at the model level; put it under parameters:",
     ),
     "shared parameter of one model": (
         "      weight: 0.5",
         "      weight: 0.5\n      normalize: true",
         ERROR,
         "normalize: true",
-        "normalize has no effect for one model; put it under the top parameters:",
+        "normalize has no effect on one model; put it under the top-level parameters:",
     ),
     "missing weight": (
         "      weight: 0.5\n",
@@ -187,14 +187,14 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "",
         ERROR,
         "- model: ./math",
-        "dare_ties needs base_model: the model that all were fine-tuned from",
+        "dare_ties needs base_model: the model that the others were fine-tuned from",
     ),
     "base model that is null": (
         "base_model: ./base",
         "base_model: null",
         ERROR,
         "- model: ./math",
-        "dare_ties needs base_model: the model that all were fine-tuned from",
+        "dare_ties needs base_model: the model that the others were fine-tuned from",
     ),
     "no fine-tuned model": (
         CLEAN[CLEAN.index("  - model: ./math") : CLEAN.index("parameters:\n  normalize")],
@@ -250,28 +250,28 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "",
         ERROR,
         "- filter: mlp",
-        "density: a list of filters has entries with value:",
+        "density: each entry in a list of filters needs value:",
     ),
-    "misspelt filter": (
+    "misspelled filter": (
         "- filter: mlp",
         "- filtr: mlp",
         ERROR,
         "- filtr: mlp",
-        "mergekit knows no filtr at a filter's entry; did you mean filter?",
+        "mergekit has no key filtr at the filter level and ignores it; did you mean filter?",
     ),
     "entry after the one without a filter": (
         "        - value: 0.5",
         "        - value: 0.5\n        - filter: attn\n          value: 0.1",
         WARNING,
         "- filter: attn",
-        "density: this is never reached: the entry before it has no filter",
+        "density: never reached, as an entry before it matches every tensor",
     ),
     "weight for some tensors only": (
         "weight: 0.5",
         "weight: [{filter: mlp, value: 0.5}]",
         WARNING,
         "weight: [{filter: mlp, value: 0.5}]",
-        "weight: tensors that match no filter have none; add a value alone",
+        "weight: tensors that match no filter have no value; add an entry without a filter",
     ),
     "base listed with parameters": (
         "models:\n",
@@ -285,70 +285,70 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "- model: ./math",
         ERROR,
         "- model: ./math",
-        "./math is listed twice; mergekit refuses that",
+        "./math is listed twice, which mergekit refuses",
     ),
     "model without a name": (
         "- model: ./code",
         "- modle: ./code",
         ERROR,
         "- modle: ./code",
-        "model is missing: the model's path or name",
+        "model is missing; give the model's path or name",
     ),
     "weights that cancel": (
         "[0.2, 0.8]",
         "-0.5",
         WARNING,
         "- model: ./math",
-        "the weights cancel, so normalize divides by 1 in place of their sum; set normalize: false",
+        "the weights cancel out, so normalize divides by 1, not their sum; set normalize: false",
     ),
     "negative weight": (
         "[0.2, 0.8]",
         "-0.2",
         WARNING,
         "- model: ./math",
-        "negative weights make normalize divide by less than is added up; set normalize: false",
+        "with negative weights, normalize divides by less than is added up; set normalize: false",
     ),
     "unknown top-level key": (
         "dtype: bfloat16",
         "author: someone",
         WARNING,
         "author: someone",
-        "mergekit knows no author at the top level",
+        "mergekit has no key author at the top level and ignores it",
     ),
-    "misspelt top-level key": (
+    "misspelled top-level key": (
         "dtype: bfloat16",
         "dtpye: bfloat16",
         ERROR,
         "dtpye: bfloat16",
-        "mergekit knows no dtpye at the top level; did you mean dtype?",
+        "mergekit has no key dtpye at the top level and ignores it; did you mean dtype?",
     ),
     "key that stands twice": (
         "dtype: bfloat16",
         "dtype: bfloat16\ndtype: float16",
         ERROR,
         "dtype: float16",
-        "dtype stands here twice; only the last one counts",
+        "dtype appears here twice; only the last one counts",
     ),
     "parameter that stands twice": (
         "weight: 0.5",
         "weight: 0.5\n      weight: 0.7",
         ERROR,
         "weight: 0.7",
-        "weight stands here twice; only the last one counts",
+        "weight appears here twice; only the last one counts",
     ),
     "parameters that are a list": (
         "    parameters:\n      weight: 0.5\n      density: 0.3\n",
         "    parameters: [0.5]\n",
         ERROR,
         "parameters: [0.5]",
-        "parameters is a mapping of parameter names to values",
+        "parameters must be a mapping of parameter names to values",
     ),
-    "misspelt method": (
+    "misspelled method": (
         "merge_method: dare_ties",
         "merge_method: dare_tie",
         ERROR,
         "merge_method: dare_tie",
-        "mergekit knows no merge method dare_tie; did you mean dare_ties?",
+        "mergekit has no merge method dare_tie; did you mean dare_ties?",
     ),
     "no method": (
         "merge_method: dare_ties\n",
@@ -376,7 +376,7 @@ CASES: dict[str, tuple[str, str, Severity, str, str]] = {
         "",
         HINT,
         "merge_method: dare_ties",
-        "no seed is given; with one, the config is the whole recipe: seed: 42",
+        "no seed is set; with one, the config alone determines the merge: seed: 42",
     ),
 }
 
@@ -463,7 +463,7 @@ def test_slices(tmp_path: Path) -> None:
         "  - sources:\n", "  - density: 0.3\n    sources:\n"
     )
     (finding,) = check_file(write(tmp_path, misplaced))
-    assert finding.message == "density has no effect at a slice's level; put it under parameters:"
+    assert finding.message == "density has no effect at the slice level; put it under parameters:"
     without_base = SLICES.replace("base_model: ./base\n", "\n").replace("  - \n", "  -\n")
     findings = check_file(write(tmp_path, without_base))
     assert sum("needs base_model" in finding.message for finding in findings) == 2
@@ -474,11 +474,11 @@ def test_modules_and_anchors(tmp_path: Path) -> None:
     assert finding.message == "dare_linear has no parameter lamda; did you mean lambda?"
     clean = MODULES.replace("lamda", "lambda")
     assert check_file(write(tmp_path, clean)) == []
-    misspelt = clean.replace("    parameters: {", "    paramters: {")
-    finding, hint = check_file(write(tmp_path, misspelt))[::-1]
-    assert "no seed is given" in hint.message
+    misspelled = clean.replace("    parameters: {", "    paramters: {")
+    finding, hint = check_file(write(tmp_path, misspelled))[::-1]
+    assert "no seed is set" in hint.message
     assert finding.text.startswith("paramters:")
-    assert "at a module's level; did you mean parameters?" in finding.message
+    assert "at the module level; did you mean parameters?" in finding.message
 
 
 def test_several_documents(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_several_documents(tmp_path: Path) -> None:
     assert check_file(write(tmp_path, "---\n".join([first, second, last]))) == []
     findings = check_file(write(tmp_path, "---\n".join([first, first, last, last])))
     assert [finding.message for finding in findings] == [
-        "the name first is used twice; only one may go without",
+        "two merges have the name first; give each a name of its own",
         "two merges have no name; only one may go without",
     ]
 
@@ -538,12 +538,12 @@ def test_unusable(text: str, tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     path = write(tmp_path, CLEAN)
     result = CliRunner().invoke(main, ["check", path])
-    assert (result.exit_code, result.output) == (0, "Nothing to find.\n")
+    assert (result.exit_code, result.output) == (0, "No problems found.\n")
 
     hinted = write(tmp_path, CLEAN.replace("  seed: 42\n", ""))
     result = CliRunner().invoke(main, ["check", hinted])
     assert result.exit_code == 0
-    assert result.output.startswith(f"{path}:1: hint: merge_method: dare_ties: no seed is given")
+    assert result.output.startswith(f"{path}:1: hint: merge_method: dare_ties: no seed is set")
 
     bad = write(tmp_path, CLEAN.replace("density: 0.3\n  -", "density: 30\n  -"))
     result = CliRunner().invoke(main, ["check", bad, "--json"])
@@ -559,7 +559,7 @@ def test_our_examples_are_clean() -> None:
     examples = [str(path) for folder in folders for path in folder.glob("*.yml")]
     assert examples
     result = CliRunner().invoke(main, ["check", *examples])
-    assert (result.exit_code, result.output) == (0, "Nothing to find.\n")
+    assert (result.exit_code, result.output) == (0, "No problems found.\n")
 
 
 WHOLE = CLEAN.replace("[0.2, 0.8]", "0.5")
@@ -567,7 +567,10 @@ WHOLE = CLEAN.replace("[0.2, 0.8]", "0.5")
 
 @pytest.mark.parametrize(
     ("density", "message"),
-    [("1.0", "density is 1 everywhere, so nothing"), ("0", "density is 0 everywhere, so all is")],
+    [
+        ("1.0", "density is 1 everywhere, so nothing"),
+        ("0", "density is 0 everywhere, so everything is"),
+    ],
 )
 def test_densities_that_are_the_same_everywhere(density: str, message: str, tmp_path: Path) -> None:
     start = WHOLE.index("      density:\n")
@@ -583,13 +586,13 @@ def test_densities_that_are_the_same_everywhere(density: str, message: str, tmp_
 def test_lists_that_are_none(tmp_path: Path) -> None:
     bare = CLEAN.replace("  - model: ./math", "  - ./other\n  - model: ./math")
     (finding,) = [f for f in check_file(write(tmp_path, bare)) if f.severity is ERROR]
-    assert finding.message == "an entry of models is a mapping: write - model: ./other"
+    assert finding.message == "each entry of models must be a mapping: write - model: ./other"
     without_dash = (
         "merge_method: dare_ties\nbase_model: ./base\nmodels:\n  model: ./math\n"
         "  parameters: {weight: 1, density: 0.5}\nparameters: {seed: 1}\n"
     )
     (finding,) = [f for f in check_file(write(tmp_path, without_dash)) if f.severity is ERROR]
-    assert finding.message == "models is a list: write - model: with a dash"
+    assert finding.message == "models must be a list: write - model: with a dash"
 
 
 OF_BASE = "      - model: ./base\n        layer_range: [0, 2]\n"
@@ -603,7 +606,7 @@ OF_MATH = "      - model: ./math\n        layer_range: [0, 2]\n    parameters"
         (OF_MATH, OF_MATH.replace("        layer_range: [0, 2]\n", ""), "layer_range is missing"),
         (OF_MATH, OF_MATH.replace("[0, 2]", "[2]"), "is [2], but must be [FIRST, LAST + 1]"),
         (OF_MATH, OF_MATH.replace("[0, 2]", "[2, 0]"), "ends before it begins"),
-        ("[0, 2]", "[2, 2]", "no slice has a layer, so the model has none"),
+        ("[0, 2]", "[2, 2]", "no slice has any layers, so the merged model would have none"),
         (OF_BASE + OF_MATH, OF_MATH, "Base input is not present in merge inputs for config.slices"),
     ],
 )
@@ -661,7 +664,7 @@ HOSTILE = {
     "a tag": (CLEAN.replace("rescale: true", "rescale: !!bool x"), "cannot be read as YAML"),
     "a date": (CLEAN.replace("seed: 42", "seed: !!timestamp x"), "cannot be read as YAML"),
     "a number": (CLEAN.replace("seed: 42", f"seed: {'9' * 5000}"), "cannot be read as YAML"),
-    "depth": ("merge_method: dare_ties\nmodels: " + "[" * 10_000 + "]" * 10_000, "too deep"),
+    "depth": ("merge_method: dare_ties\nmodels: " + "[" * 10_000 + "]" * 10_000, "too deeply"),
     "itself": ("&r\nmerge_method: dare_ties\nmodels: [*r]\n", "contains itself"),
     "aliases": (BOMB + CLEAN.replace("weight: 0.5", "weight: *i"), "more than 100,000 values"),
     "no text": ("\udcff", ""),
@@ -698,7 +701,7 @@ def test_a_flood_is_counted(tmp_path: Path) -> None:
     lines = "".join(f"  densit{i}: 1\n" for i in range(500))
     findings = check_file(write(tmp_path, CLEAN.replace("  seed: 42\n", lines + "  seed: 42\n")))
     assert len(findings) == 101
-    assert findings[-1].message == "400 more findings; mend these first"
+    assert findings[-1].message == "400 more findings; fix these first"
 
 
 @pytest.mark.slow

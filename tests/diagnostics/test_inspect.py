@@ -332,7 +332,7 @@ def test_several_configs(family: Path, tmp_path: Path) -> None:
     path = write([first, second], tmp_path / "steps.yml")
     code, _, err = run(path)
     assert code == 2
-    assert "has 2 configs: choose one with --name; there are: math, code" in err
+    assert "has 2 configs; choose one of these with --name: math, code" in err
     code, out, _ = run(path, "--name", "code")
     assert (code, out.split("\n")[0]) == (0, str(family / "code"))
 

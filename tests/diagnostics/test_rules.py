@@ -300,7 +300,7 @@ def test_ids_are_shown_and_switch_rules_off(tmp_path: Path) -> None:
     assert check(path, "--ignore", "unknown-parameter").exit_code == 0
     for ignored in (["--ignore", "unknown-parameter,no-seed"], ["--ignore", "no-seed"] * 2):
         more = ["--ignore", "unknown-parameter"] if len(ignored) > 2 else []
-        assert check(path, *ignored, *more).stdout == "Nothing to find.\n"
+        assert check(path, *ignored, *more).stdout == "No problems found.\n"
     wrong = check(path, "--ignore", "no-sed")
     assert wrong.exit_code == 2
     assert "there is no rule no-sed; did you mean no-seed?" in wrong.stderr
@@ -310,7 +310,7 @@ def test_a_comment_switches_off_one_line(tmp_path: Path) -> None:
     path = tmp_path / "c.yml"
     comment = "# mergekit-dare: ignore unknown-parameter, no-seed"
     path.write_text(CLEAN.replace("lambda: 1.0", f"lamda: 1.0  {comment}"))
-    assert check(path).stdout == "Nothing to find.\n"
+    assert check(path).stdout == "No problems found.\n"
     path.write_text(CLEAN.replace("lambda: 1.0", f"lamda: 1.0\n  rescal: true  {comment}"))
     (line,) = check(path).stdout.splitlines()
     assert "lamda" in line

@@ -264,7 +264,7 @@ def test_threads_of_the_multi_gpu_executor(
 
 
 def test_config_that_is_saved_beside_the_model(llamas: Path, tmp_path: Path) -> None:
-    """It is the whole recipe: merged again, it gives the same bytes."""
+    """It alone determines the merge: merged again, it gives the same bytes."""
     merged = merge_yaml(two(llamas), tmp_path / "first")
     saved = yaml.safe_load((tmp_path / "first" / "out" / "mergekit_config.yml").read_text())
     again: dict[str, Tensor] = merge_yaml(saved, tmp_path / "second")

@@ -153,7 +153,7 @@ def test_damaged_inputs(fault: str, models: Path, tmp_path: Path) -> None:
     damage, last_line, found = FAULTS[fault]
     path = write(config(models), tmp_path / "config.yml")
     clean = CliRunner().invoke(main, ["check", "--files", path])
-    assert clean.output == "Nothing to find.\n"
+    assert clean.output == "No problems found.\n"
     damage(models)
 
     checked = CliRunner().invoke(main, ["check", "--files", path])

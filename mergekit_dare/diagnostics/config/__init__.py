@@ -1,4 +1,4 @@
-"""A config: a document with lines, the rules on it, and what mergekit itself says of it.
+"""A config: a document with lines, the rules on it, and what mergekit itself says about it.
 
 Reads no model's file. May import ``findings`` and ``rules``, and no other room of ``diagnostics``.
 """

@@ -16,7 +16,7 @@ NARROW = ("bfloat16", "float16")
 
 @rule
 def normalize_with_negative_weights(document: Document) -> Findings:
-    """Find weights that cancel, or are negative, where normalize divides by their sum."""
+    """Find weights that cancel out, or are negative, where normalize divides by their sum."""
     for inputs in document.input_lists:
         if not _is_normalized(document, inputs):
             continue
@@ -27,10 +27,10 @@ def normalize_with_negative_weights(document: Document) -> Findings:
         if len(weights) < len(values) or not weights:
             continue
         if abs(math.fsum(weights)) < 1e-8:
-            message = "the weights cancel, so normalize divides by 1 in place of their sum"
+            message = "the weights cancel out, so normalize divides by 1, not their sum"
             yield document.finding(inputs.node, f"{message}; set normalize: false", WARNING)
         elif any(weight < 0 for weight in weights):
-            message = "negative weights make normalize divide by less than is added up"
+            message = "with negative weights, normalize divides by less than is added up"
             yield document.finding(inputs.node, f"{message}; set normalize: false", WARNING)
 
 
@@ -43,7 +43,7 @@ def _is_normalized(document: Document, inputs: InputList) -> bool:
 
 
 def _densities(document: Document) -> list[Any]:
-    """Return the density of every fine-tuned model; ``None`` where none is given."""
+    """Return the density of every fine-tuned model; ``None`` where none is set."""
     nodes = [
         inputs.setting(model, "density")
         for inputs in document.input_lists
@@ -54,7 +54,7 @@ def _densities(document: Document) -> list[Any]:
 
 @rule
 def nothing_dropped(document: Document) -> Findings:
-    """Find densities that are 1, or not given, for all models."""
+    """Find densities that are 1, or not set, for all models."""
     if not document.has_our_method:
         return
     values = _densities(document)
@@ -71,48 +71,50 @@ def everything_dropped(document: Document) -> Findings:
     """Find densities that are 0 for all models."""
     values = _densities(document) if document.has_our_method else []
     if values and all(value == 0 and value is not False for value in values):
-        message = "density is 0 everywhere, so all is dropped and the result is the base model"
+        message = (
+            "density is 0 everywhere, so everything is dropped and the result is the base model"
+        )
         yield document.finding(document.root, f"{message}; try density: 0.5", WARNING)
 
 
 @rule
 def no_seed(document: Document) -> Findings:
-    """Find a config without a seed, which is not the whole recipe."""
+    """Find a config without a seed, which alone does not determine the merge."""
     lists = document.input_lists
     holders = [holder for inputs in lists for holder in inputs.scopes + inputs.models]
     if document.has_our_method and not any(
         parameter(holder, "seed") for holder in [document.root, *holders]
     ):
-        message = "no seed is given; with one, the config is the whole recipe: seed: 42"
+        message = "no seed is set; with one, the config alone determines the merge: seed: 42"
         yield document.finding(document.root, message, HINT)
 
 
 @rule
 def float16_overflow(document: Document) -> Findings:
-    """Find an out_dtype of float16 that mergekit rounds to, where numbers may become infinite."""
+    """Find out_dtype: float16, where mergekit's own rounding may make numbers infinite."""
     node = get(document.root, "out_dtype")
     out = document.word("out_dtype")
     if node is None or not document.has_our_method or out == document.word("dtype"):
         return
     if out == "float16":
         message = (
-            "mergekit rounds to float16 after the merge, and numbers above 65504 become infinite "
-            "without a word; with dtype: float16 that is an error"
+            "mergekit rounds to float16 after the merge, and numbers above 65504 silently become "
+            "infinite; with dtype: float16 that is an error"
         )
         yield document.finding(node, message, WARNING)
 
 
 @rule
 def rounding_without_effect(document: Document) -> Findings:
-    """Find stochastic rounding where another rounding follows, or none is needed."""
+    """Find stochastic rounding that another rounding follows, or that has nothing to round."""
     nodes = [parameter(scope, "rounding") for i in document.input_lists for scope in i.scopes]
     dtype, out = document.word("dtype"), document.word("out_dtype")
     for node in {id(node): node for node in nodes if node is not None}.values():
         if plain(node) != "stochastic" or not document.has_our_method:
             continue
         if out is not None and out != dtype:
-            message = f"mergekit rounds to out_dtype: {out} after the merge, to nearest"
-            yield document.finding(node, f"{message}; set dtype: {out} in its place", WARNING)
+            message = f"after the merge, mergekit rounds to nearest, for out_dtype: {out}"
+            yield document.finding(node, f"{message}; set dtype: {out} instead", WARNING)
         elif dtype is not None and dtype not in NARROW:
             message = (
                 f"stochastic rounding has no effect in {dtype}; it is for bfloat16 and float16"

@@ -1,4 +1,4 @@
-"""A config as a document with lines: which models are merged, and where their parameters stand."""
+"""A config as a document with lines: which models it merges, and where their parameters are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mergekit_dare.plugin.registration import OURS
 
 @dataclass(frozen=True)
 class InputList:
-    """Models that are merged with each other, and where their parameters may stand.
+    """Models that are merged with each other, and where their parameters may be set.
 
     Attributes:
         name: What mergekit calls it in its messages.
@@ -56,7 +56,7 @@ class InputList:
 
     @cached_property
     def references(self) -> list[ModelReference]:
-        """The listed models, without those that are no reference to one."""
+        """The listed models, without entries that do not refer to one."""
         nodes = [get(model, "model") for model in self.models]
         found = [None if node is None else reference(node) for node in nodes]
         return [model for model in found if model is not None]
@@ -68,16 +68,16 @@ class InputList:
 
     @property
     def fine_tuned(self) -> list[MappingNode]:
-        """The entries but that of the base model."""
+        """The entries except that of the base model."""
         return [model for model in self.models if not self.is_base(model)]
 
     def setting(self, model: MappingNode, name: str) -> Node | None:
-        """Return the setting of a parameter that counts for a model, as mergekit looks for it."""
+        """Return the setting of a parameter that applies to a model, as mergekit looks it up."""
         scopes = [model, *self.scopes[::-1]]
         return next((found for scope in scopes if (found := parameter(scope, name))), None)
 
     def shared_setting(self, name: str) -> Node | None:
-        """Return the setting of a shared parameter that counts here."""
+        """Return the setting of a shared parameter that applies here."""
         return next((found for s in self.scopes[::-1] if (found := parameter(s, name))), None)
 
 
@@ -115,7 +115,7 @@ class Document:
 
     @cached_property
     def spec(self) -> MergeMethodSpec | None:
-        """What its merge method declares, if mergekit knows it."""
+        """What its merge method declares, if mergekit has that method."""
         node = get(self.root, "merge_method")
         name = None if node is None else plain(node)
         methods = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
@@ -206,7 +206,7 @@ class Document:
                     yield known[str(key.value)], key, value, is_model
 
     def word(self, key: str) -> str | None:
-        """Return a text at the top level, a dtype without ``torch.``; ``None`` for all else."""
+        """Return a string at the top level, without ``torch.``; ``None`` if it is not a string."""
         node = get(self.root, key)
         value: Any = None if node is None else plain(node)
         return value.removeprefix("torch.") if isinstance(value, str) else None

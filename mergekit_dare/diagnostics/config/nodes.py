@@ -1,4 +1,4 @@
-"""YAML's nodes, which know their lines: what stands under a key, and as which Python value."""
+"""YAML's nodes, which know their lines: what is under a key, and its value in Python."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def plain(node: Node) -> Any:
 
 
 def reference(node: Node) -> ModelReference | None:
-    """Return the model that a node refers to, by mergekit's own rules; ``None`` if it is none."""
+    """Return the model that a node refers to, as mergekit parses it; ``None`` if it cannot."""
     try:
         return ModelReference.model_validate(plain(node))
-    except Exception:  # mergekit raises RuntimeError beside pydantic's errors
+    except Exception:  # mergekit raises RuntimeError, too, not only pydantic's errors
         return None
 
 
@@ -58,7 +58,7 @@ def parameter(holder: MappingNode, name: str) -> Node | None:
 
 
 def children(node: Node) -> list[Node]:
-    """Return what a node is made of: the entries of a list, the keys and values of a mapping."""
+    """Return what a node consists of: the entries of a list, the keys and values of a mapping."""
     if isinstance(node, MappingNode):
         return [child for entry in node.value for child in entry]
     return list(node.value) if isinstance(node, SequenceNode) else []

@@ -1,4 +1,4 @@
-"""Rules on the parameters of the merge method: which there are, where they stand, their values."""
+"""Rules on the parameters of the merge method: their names, places and values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def malformed_parameters(document: Document) -> Findings:
     for holder, _ in document.parameter_holders():
         node = get(holder, "parameters")
         if node is not None and not isinstance(node, MappingNode):
-            message = "parameters is a mapping of parameter names to values"
+            message = "parameters must be a mapping of parameter names to values"
             yield document.finding(node, message)
 
 
 @rule
 def unknown_parameter(document: Document) -> Findings:
-    """Find a parameter that the merge method does not have, and mergekit ignores."""
+    """Find a parameter that the merge method does not have and mergekit silently ignores."""
     spec = document.spec
     if spec is None:
         return
@@ -45,16 +45,18 @@ def unknown_parameter(document: Document) -> Findings:
 
 @rule
 def shared_parameter_of_a_model(document: Document) -> Findings:
-    """Find a parameter of the whole merge that is given to one model, where it has no effect."""
+    """Find a parameter of the whole merge that is set for one model, where it has no effect."""
     for known, key, _, is_model in document.settings():
         if is_model and known.scope == ParameterScope.SHARED:
-            message = f"{known.name} has no effect for one model; put it under the top parameters:"
+            message = (
+                f"{known.name} has no effect on one model; put it under the top-level parameters:"
+            )
             yield document.finding(key, message)
 
 
 @rule
 def parameter_without_a_value(document: Document) -> Findings:
-    """Find a parameter with nothing behind its colon."""
+    """Find a parameter with nothing after its colon."""
     for known, key, value, is_model in document.settings():
         if is_null(value) and not (is_model and known.scope == ParameterScope.SHARED):
             message = f"{known.name} has no value; give one, or remove the line"
@@ -63,7 +65,7 @@ def parameter_without_a_value(document: Document) -> Findings:
 
 @rule
 def invalid_parameter_value(document: Document) -> Findings:
-    """Find a value that the merge method refuses, in gradients and lists of filters, too."""
+    """Find a value that the merge method refuses, also in gradients and lists of filters."""
     for known, key, node, is_model in document.settings():
         if is_model and known.scope == ParameterScope.SHARED:
             continue
@@ -73,7 +75,7 @@ def invalid_parameter_value(document: Document) -> Findings:
         for condition in _conditions(node):
             value = get(condition, "value") if isinstance(condition, MappingNode) else None
             if value is None:
-                message = f"{known.name}: a list of filters has entries with value:"
+                message = f"{known.name}: each entry in a list of filters needs value:"
                 yield document.finding(condition, message)
             else:
                 yield from _refused(document, known, key, value)
@@ -101,8 +103,8 @@ def _refused(document: Document, known: ParameterSpec, key: ScalarNode, node: No
     is_whole_number = known.value_type is int or known.name == "seed"
     if is_whole_number and all(type(v) is int for v in values) and len(set(values)) > 1:
         message = (
-            f"{known.name} is a whole number, and a gradient is interpolated between the layers; "
-            "give one number"
+            f"{known.name} is a whole number, but a gradient is interpolated between the layers; "
+            "give a single number"
         )
         yield document.finding(key, message)
 
@@ -113,7 +115,7 @@ def _refused_alone(document: Document, known: ParameterSpec, node: Node) -> Find
         converted = known.validate(value)
     except ValueError as error:
         message = str(error).splitlines()[0]
-        if "validation error" in message:  # pydantic's, from a method that is not ours
+        if "validation error" in message:  # pydantic's, from a method of another package
             message = f"{known.name} is {shown(repr(value))}, but must be {_kind(known)}"
         yield document.finding(node, shown(message) if len(message) > 400 else message)
         return
@@ -141,19 +143,19 @@ def empty_gradient(document: Document) -> Findings:
 
 @rule
 def unreachable_filter(document: Document) -> Findings:
-    """Find an entry in a list of filters behind one that already takes every tensor."""
+    """Find an entry in a list of filters after one that already matches every tensor."""
     for known, _, node, is_model in document.settings():
         if not _is_conditional(node) or (is_model and known.scope == ParameterScope.SHARED):
             continue
         conditions = _conditions(node)
         for index, condition in enumerate(conditions):
             has_value = isinstance(condition, MappingNode) and get(condition, "value") is not None
-            if has_value and any(map(_takes_every_tensor, conditions[:index])):
-                message = f"{known.name}: this is never reached: the entry before it has no filter"
+            if has_value and any(map(_matches_every_tensor, conditions[:index])):
+                message = f"{known.name}: never reached, as an entry before it matches every tensor"
                 yield document.finding(condition, message, WARNING)
 
 
-def _takes_every_tensor(condition: Node) -> bool:
+def _matches_every_tensor(condition: Node) -> bool:
     if not isinstance(condition, MappingNode) or get(condition, "value") is None:
         return False
     node = get(condition, "filter")
@@ -162,20 +164,23 @@ def _takes_every_tensor(condition: Node) -> bool:
 
 @rule
 def unfiltered_tensors(document: Document) -> Findings:
-    """Find a list of filters that leaves some tensors without a value that they need."""
+    """Find a list of filters that leaves some tensors without a required value."""
     for known, key, node, is_model in document.settings():
         if not known.required or not _is_conditional(node):
             continue
         if is_model and known.scope == ParameterScope.SHARED:
             continue
-        if not any(map(_takes_every_tensor, _conditions(node))):
-            message = f"{known.name}: tensors that match no filter have none; add a value alone"
+        if not any(map(_matches_every_tensor, _conditions(node))):
+            message = (
+                f"{known.name}: tensors that match no filter have no value; add an entry without a "
+                "filter"
+            )
             yield document.finding(key, message, WARNING)
 
 
 @rule
 def missing_parameter(document: Document) -> Findings:
-    """Find a required parameter that is given nowhere."""
+    """Find a required parameter that is not set anywhere."""
     spec = document.spec
     if spec is None:
         return
@@ -194,7 +199,7 @@ def missing_parameter(document: Document) -> Findings:
 
 @rule
 def parameter_of_the_base_model(document: Document) -> Findings:
-    """Find a fine-tuned model's parameter that is given to the base model."""
+    """Find a parameter of fine-tuned models that is set for the base model."""
     spec = document.spec
     if spec is None or spec.contract.base == BasePolicy.IGNORED:
         return
@@ -209,8 +214,12 @@ def parameter_of_the_base_model(document: Document) -> Findings:
                 if known.scope == ParameterScope.NON_BASE and get(node, known.name)
             ]
             if ignored:
-                message = "has no effect on the base model, whose delta is zero; remove it"
-                yield document.finding(node, f"{', '.join(ignored)} {message}", WARNING)
+                have, them = ("has", "it") if len(ignored) == 1 else ("have", "them")
+                message = (
+                    f"{', '.join(ignored)} {have} no effect on the base model, whose delta is "
+                    f"zero; remove {them}"
+                )
+                yield document.finding(node, message, WARNING)
 
 
 RULES = (

@@ -1,6 +1,6 @@
-"""Reading the documents of a config file, and what a document may cost.
+"""Reading the documents of a config file, within limits.
 
-A file's size, its depth, and what its aliases expand to are bounded here.
+A file's size, its depth, and what its aliases expand to are limited here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mergekit_dare.diagnostics.config.nodes import children, plain
 from mergekit_dare.diagnostics.findings import UnusableFileError, cut
 
 LARGEST_FILE = 4 << 20
-# Values in a document, those behind an alias counted each time; recipes have a few thousand.
+# Values in a document, counting those behind an alias each time; recipes have a few thousand.
 MOST_VALUES = 100_000
 
 
@@ -24,17 +24,17 @@ def read(path: str) -> list[Document]:
     """Read every document of a config file.
 
     Raises:
-        UnusableFileError: the file cannot be read, is not YAML, or a document is no mapping.
+        UnusableFileError: the file cannot be read, is not YAML, or a document is not a mapping.
 
     """
     return parse(_read_text(path), path)
 
 
 def parse(text: str, path: str) -> list[Document]:
-    """Make documents of a text; ``path`` is what messages name.
+    """Return the documents of a text; messages name it ``path``.
 
     Raises:
-        UnusableFileError: it is not YAML, or a document is no mapping.
+        UnusableFileError: it is not YAML, or a document is not a mapping.
 
     """
     lines = text.splitlines()
@@ -43,19 +43,21 @@ def parse(text: str, path: str) -> list[Document]:
     except yaml.YAMLError as error:
         raise UnusableFileError(f"{path} cannot be read as YAML: {cut(str(error))}") from error
     except RecursionError as error:
-        raise UnusableFileError(f"{path} cannot be read as YAML: it is nested too deep") from error
+        raise UnusableFileError(
+            f"{path} cannot be read as YAML: it is nested too deeply"
+        ) from error
     if not roots:
         raise UnusableFileError(f"{path} is empty")
     documents = []
     for root in roots:
         if not isinstance(root, MappingNode):
             line = root.start_mark.line + 1
-            raise UnusableFileError(f"{path}:{line}: a config is a mapping of keys to values")
+            raise UnusableFileError(f"{path}:{line}: a config must be a mapping of keys to values")
         try:
             _bound(root, {}, set())
             plain(root)
         except RecursionError as error:
-            raise UnusableFileError(f"{path}: it is nested too deep") from error
+            raise UnusableFileError(f"{path}: it is nested too deeply") from error
         except UnusableFileError as error:
             raise UnusableFileError(f"{path}: {error}") from error
         except Exception as error:  # PyYAML's constructors raise whatever Python's types do
@@ -80,18 +82,18 @@ def choose(path: str, name: str | None) -> Document:
         return found[0]
     names = ", ".join(document.name or "one without a name" for document in documents)
     what = f"has no config {name}" if not found else f"has {len(found)} configs"
-    raise UnusableFileError(f"{path} {what}: choose one with --name; there are: {names}")
+    raise UnusableFileError(f"{path} {what}; choose one of these with --name: {names}")
 
 
 def _read_text(path: str) -> str:
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UnusableFileError(f"{path} is no file")
+            raise UnusableFileError(f"{path} is not a file")
         if status.st_size > LARGEST_FILE:
-            raise UnusableFileError(f"{path} is larger than 4 MiB: no config is")
+            raise UnusableFileError(f"{path} is larger than 4 MiB, too large for a config")
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that no file has
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an impossible path
         raise UnusableFileError(f"{cut(path)} cannot be read: {cut(str(error))}") from error
 
 
@@ -106,14 +108,16 @@ def _bound(node: Node, sizes: dict[int, int], above: set[int]) -> int:
     for child in children(node):
         size += _bound(child, sizes, above)
         if size > MOST_VALUES:
-            raise UnusableFileError(f"it has more than {MOST_VALUES:,} values: no config has")
+            raise UnusableFileError(
+                f"it has more than {MOST_VALUES:,} values, too many for a config"
+            )
     above.remove(id(node))
     sizes[id(node)] = size
     return size
 
 
 def _where_it_fails(node: Node) -> Node:
-    """Return the innermost node that cannot be made a Python value."""
+    """Return the innermost node that has no value in Python."""
     for child in children(node):
         try:
             plain(child)

@@ -1,7 +1,7 @@
-"""Rules that let mergekit itself judge a config, and put what it says at the lines that it means.
+"""Rules that let mergekit itself judge a config, and report what it says at the lines it means.
 
-Its validators and its parsers of dtypes, templates and dependencies are run; none of their rules is
-written again here.
+Its validators and its parsers of dtypes, templates and dependencies are run; none of their rules
+are repeated here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mergekit_dare.plugin.methods import DareMethod
 
 @rule
 def refused_config(document: Document) -> Findings:
-    """Find what the validators of mergekit's config classes refuse."""
+    """Find what mergekit's own validators of configs refuse."""
     try:
         document.configuration()
     except ValidationError as error:
@@ -44,7 +44,7 @@ def _named_in(message: str, document: Document) -> Node:
 
 
 def _at_their_lines(document: Document, error: ValidationError) -> Findings:
-    """Make one finding for each place: of a union, pydantic reports every member."""
+    """Make one finding for each place: for a union, pydantic reports every member."""
     seen: set[int] = set()
     for details in error.errors(include_url=False, include_context=False):
         node, rest = _walk(document.root, details["loc"])
@@ -82,7 +82,7 @@ def refused_dtype(document: Document) -> Findings:
 
 @rule
 def refused_chat_template(document: Document) -> Findings:
-    """Find a chat template that mergekit would refuse after all weights are written."""
+    """Find a chat template that mergekit would refuse only after writing all weights."""
     set_template = getattr(mergekit.merge, "_set_chat_template", None)
 
     class Tokenizer:
@@ -97,12 +97,12 @@ def refused_chat_template(document: Document) -> Findings:
 
 @rule
 def refused_inputs(document: Document) -> Findings:
-    """Find models that the merge method does not take together."""
+    """Find a combination of models that the merge method refuses."""
     if document.spec is None:
         return
     method = merge_methods.get(document.spec.name)
     validate = method.validate_inputs
-    if isinstance(method, DareMethod):  # it looks into the models' files, too, as --files does
+    if isinstance(method, DareMethod):  # it reads the models' files, too, as --files does
         validate = super(DareMethod, method).validate_inputs
     for inputs in document.input_lists:
         models = list(inputs.references)
@@ -116,7 +116,7 @@ def refused_inputs(document: Document) -> Findings:
 
 @rule
 def refused_order(documents: Sequence[Document]) -> Findings:
-    """Find merges of one file that mergekit-multi cannot bring into an order."""
+    """Find merges in one file that mergekit-multi cannot put in order."""
     names = {document.name for document in documents}
     configs: dict[Any, Any] = {}
     uses: dict[Any, Any] = {}
@@ -127,7 +127,7 @@ def refused_order(documents: Sequence[Document]) -> Findings:
                 config, {name for name in names if name}, "."
             )
         except Exception:
-            return  # said by the other rules
+            return  # the other rules report it
     try:
         multimerge.make_tasks(configs, uses, mergekit.merge.MergeOptions(), ".", "out", True)
     except Exception as error:
@@ -136,13 +136,15 @@ def refused_order(documents: Sequence[Document]) -> Findings:
 
 @rule
 def repeated_name(documents: Sequence[Document]) -> Findings:
-    """Find two merges of one file for mergekit-multi that have the same name, or none."""
+    """Find two merges in a file for mergekit-multi that have the same name, or none."""
     seen: set[str | None] = set()
     for document in documents:
         name = document.name
         if name in seen:
-            what = f"the name {name} is used twice" if name else "two merges have no name"
-            yield document.finding(document.root, f"{what}; only one may go without")
+            message = "two merges have no name; only one may go without"
+            if name:
+                message = f"two merges have the name {name}; give each a name of its own"
+            yield document.finding(document.root, message)
         seen.add(name)
 
 

@@ -1,8 +1,8 @@
-"""Rules on what a config is made of: its keys, its merge method, its models and its slices.
+"""Rules on the parts of a config: its keys, its merge method, its models and its slices.
 
-mergekit ignores what it does not know, so a misspelt ``density`` merges without dropping anything,
-and nothing says so. The rules of this room are for what mergekit ignores in silence; what it
-refuses is asked of mergekit itself, in ``refusals``.
+mergekit silently ignores what it does not know, so a config with a misspelled ``density`` merges
+without dropping anything. The rules of this room are for what mergekit silently ignores; what it
+refuses, mergekit itself is asked about in ``refusals``.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from mergekit_dare.diagnostics.findings import Severity, did_you_mean, shown
 from mergekit_dare.diagnostics.rules import Findings, rule
 
 WARNING, HINT = Severity.WARNING, Severity.HINT
-# Keys of a config that other commands of mergekit take, and which no merge config has.
+# Keys that configs of other mergekit commands have, and merge configs never.
 OTHER_COMMANDS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
 
 
 @rule
 def other_command(document: Document) -> Findings:
-    """Find a config of another of mergekit's commands."""
+    """Find a config that is meant for another mergekit command."""
     for key, command in OTHER_COMMANDS.items():
         if (node := get(document.root, key)) is not None and get(document.root, "models") is None:
-            message = f"this config is for {command}, not for mergekit-yaml; check does not know it"
+            message = f"this config is for {command}, not mergekit-yaml; check does not support it"
             yield document.finding(node, message)
 
 
 @rule
 def unknown_merge_method(document: Document) -> Findings:
-    """Find a merge method that is missing, or that mergekit does not know."""
+    """Find a merge method that is missing, or that mergekit does not have."""
     node = get(document.root, "merge_method")
     if node is None:
         yield document.finding(document.root, "merge_method is missing")
@@ -51,31 +51,31 @@ def unknown_merge_method(document: Document) -> Findings:
         known = [method.spec.name for method in merge_methods.registered_methods()]
         name = shown(plain(node))
         near = did_you_mean(name, known)
-        yield document.finding(node, f"mergekit knows no merge method {name}{near}")
+        yield document.finding(node, f"mergekit has no merge method {name}{near}")
 
 
 def _places(document: Document) -> Iterator[tuple[MappingNode, type[BaseModel], str]]:
-    """Yield every mapping whose keys mergekit knows, with its class and what to call the place."""
+    """Yield every mapping whose keys mergekit defines, with its class and a name for its level."""
     yield document.root, mergekit_config.MergeConfiguration, "the top level"
     for module in document.modules.values():
-        yield module, mergekit_config.OutputModuleDefinition, "a module's level"
+        yield module, mergekit_config.OutputModuleDefinition, "the module level"
     for holder in document.holders:
         for part in slices(holder):
-            yield part, mergekit_config.OutputSliceDefinition, "a slice's level"
+            yield part, mergekit_config.OutputSliceDefinition, "the slice level"
     for inputs in document.input_lists:
         kind: type[BaseModel] = mergekit_config.InputModelDefinition
         if inputs.is_slice:
             kind = mergekit_config.InputSliceDefinition
         for model in inputs.models:
-            yield model, kind, "a model's level"
+            yield model, kind, "the model level"
     for _, _, node, _ in document.settings():
         for condition in [node] if isinstance(node, MappingNode) else children(node):
             if isinstance(condition, MappingNode):
-                yield condition, mergekit_config.ConditionalParameter, "a filter's entry"
+                yield condition, mergekit_config.ConditionalParameter, "the filter level"
 
 
 def _strange_keys(document: Document) -> Iterator[tuple[ScalarNode, list[str], str]]:
-    """Yield every key that mergekit ignores, with those that it knows there, and the place."""
+    """Yield every key that mergekit ignores, with the keys that it knows there, and the level."""
     for mapping, kind, place in _places(document):
         known = [*kind.model_fields]
         allowed = [*known, "name"] if mapping is document.root else known
@@ -95,18 +95,18 @@ def _is_our_int8_mask(document: Document, name: str) -> bool:
 
 @rule
 def unknown_key(document: Document) -> Findings:
-    """Find a key that mergekit does not know, and ignores."""
+    """Find a key that mergekit does not know and silently ignores."""
     for key, known, place in _strange_keys(document):
         name = str(key.value)
         if name not in _all_parameters():
             near = did_you_mean(name, known)
-            message = f"mergekit knows no {shown(name)} at {place}{near}"
+            message = f"mergekit has no key {shown(name)} at {place} and ignores it{near}"
             yield document.finding(key, message, Severity.ERROR if near else WARNING)
 
 
 @rule
 def misplaced_parameter(document: Document) -> Findings:
-    """Find a parameter that does not stand under parameters:, where it has no effect."""
+    """Find a parameter outside parameters:, where it has no effect."""
     for key, _, place in _strange_keys(document):
         name = str(key.value)
         if name in _all_parameters() and not _is_our_int8_mask(document, name):
@@ -124,16 +124,16 @@ def misplaced_int8_mask(document: Document) -> Findings:
 
 @rule
 def repeated_key(document: Document) -> Findings:
-    """Find a key that stands twice in one mapping."""
+    """Find a key that appears twice in one mapping."""
     for mapping in _all_mappings(document.root):
         seen: set[str] = set()
         for key, _ in entries(mapping):
-            # One that came in by a merge key may be written anew.
+            # A key that a YAML merge key brought in may be overridden.
             if not mapping.start_mark.index <= key.start_mark.index < mapping.end_mark.index:
                 continue
             name = str(key.value)
             if name in seen:
-                message = f"{shown(name)} stands here twice; only the last one counts"
+                message = f"{shown(name)} appears here twice; only the last one counts"
                 yield document.finding(key, message)
             seen.add(name)
 
@@ -161,15 +161,15 @@ def malformed_list(document: Document) -> Findings:
             if node is None:
                 continue
             if not isinstance(node, SequenceNode):
-                yield document.finding(node, f"{key} is a list: write - {entry}: with a dash")
+                yield document.finding(node, f"{key} must be a list: write - {entry}: with a dash")
                 continue
             for item in node.value:
                 if not isinstance(item, MappingNode):
                     hint = f"write - {entry}: {shown(plain(item))}" if key == "models" else ""
                     hint = hint or "write - sources:"
-                    yield document.finding(item, f"an entry of {key} is a mapping: {hint}")
+                    yield document.finding(item, f"each entry of {key} must be a mapping: {hint}")
                 elif key == "slices" and not isinstance(get(item, "sources"), SequenceNode):
-                    yield document.finding(item, "a slice has a list of sources:")
+                    yield document.finding(item, "a slice needs a list under sources:")
 
 
 @rule
@@ -184,7 +184,7 @@ def unreadable_model(document: Document) -> Findings:
         for model in inputs.models:
             node = get(model, "model")
             if node is None:
-                yield document.finding(model, "model is missing: the model's path or name")
+                yield document.finding(model, "model is missing; give the model's path or name")
             elif reference(node) is None:
                 yield document.finding(node, _no_reference(node))
 
@@ -192,7 +192,7 @@ def unreadable_model(document: Document) -> Findings:
 def _no_reference(node: Node) -> str:
     return (
         f"mergekit cannot parse {shown(plain(node))} as a model: it takes PATH, PATH@REVISION "
-        "and MODEL+ADAPTER, with one @ and one + at most"
+        "and MODEL+ADAPTER, with at most one @ and one +"
     )
 
 
@@ -207,7 +207,7 @@ def repeated_model(document: Document) -> Findings:
             if node is None or found is None:
                 continue
             if found in seen:
-                yield document.finding(node, f"{found} is listed twice; mergekit refuses that")
+                yield document.finding(node, f"{found} is listed twice, which mergekit refuses")
             seen.add(found)
 
 
@@ -219,7 +219,9 @@ def missing_base_model(document: Document) -> Findings:
         return
     for inputs in document.input_lists:
         if inputs.base_node is None:
-            message = f"{spec.name} needs base_model: the model that all were fine-tuned from"
+            message = (
+                f"{spec.name} needs base_model: the model that the others were fine-tuned from"
+            )
             yield document.finding(inputs.node, message)
 
 
@@ -247,7 +249,7 @@ def invalid_layer_range(document: Document) -> Findings:
             for model in inputs.models:
                 node = get(model, "layer_range")
                 if node is None:
-                    message = "layer_range is missing: [FIRST, LAST + 1]"
+                    message = "layer_range is missing; give [FIRST, LAST + 1]"
                     yield document.finding(model, message)
                     continue
                 value = plain(node)
@@ -256,14 +258,18 @@ def invalid_layer_range(document: Document) -> Findings:
                     yield document.finding(node, message)
                     continue
                 if value[1] < value[0] or value[0] < 0:
-                    yield document.finding(node, f"layer_range {value} ends before it begins")
+                    yield document.finding(
+                        node, f"layer_range {value} begins below 0, or ends before it begins"
+                    )
                 of_slice.add(value[1] - value[0])
             if len(of_slice) > 1:
                 message = "all sources of a slice need the same number of layers"
                 yield document.finding(inputs.node, message)
             lengths += of_slice
         if lengths and not any(lengths):
-            yield document.finding(holder, "no slice has a layer, so the model has none")
+            yield document.finding(
+                holder, "no slice has any layers, so the merged model would have none"
+            )
 
 
 def _is_whole(value: object) -> bool:

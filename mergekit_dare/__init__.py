@@ -31,8 +31,11 @@ def register() -> bool:
 
     registered = registration.register()
     if registration.is_active():
-        from mergekit_dare.diagnostics.deltas.range_watch import WATCH
+        from mergekit_dare.diagnostics.deltas import range_watch
+        from mergekit_dare.diagnostics.plan import loss_watch
         from mergekit_dare.plugin import methods
 
-        methods.observe(WATCH.look)
+        methods.observe(range_watch.WATCH.look)
+        methods.observe_plan(loss_watch.WATCH.note)
+        methods.observe(loss_watch.WATCH.look)
     return registered

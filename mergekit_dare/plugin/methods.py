@@ -40,7 +40,10 @@ PAPER_URL = "https://arxiv.org/abs/2311.03099"
 
 # Called with each merged tensor: the base's, the fine-tuned models' and the name.
 Observer = Callable[[torch.Tensor, Sequence[FineTuned], str], None]
+# Called with the base model and what is planned: a tensor's name, or what mergekit calls a slice.
+PlanObserver = Callable[[Hashable, str | None], None]
 _OBSERVERS: list[Observer] = []
+_PLAN_OBSERVERS: list[PlanObserver] = []
 
 
 def observe(look: Observer) -> None:
@@ -50,6 +53,12 @@ def observe(look: Observer) -> None:
     """
     if look not in _OBSERVERS:
         _OBSERVERS.append(look)
+
+
+def observe_plan(note: PlanObserver) -> None:
+    """Call ``note`` whenever mergekit asks what may be merged; a second time it is not added."""
+    if note not in _PLAN_OBSERVERS:
+        _PLAN_OBSERVERS.append(note)
 
 
 # What was found to be valid, by parameter, type and value: mergekit's functions for Python validate
@@ -178,6 +187,8 @@ class DareMethod(GroupMergeMethod):
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         quantization.refuse(input_ids)
+        for note in _PLAN_OBSERVERS:
+            note(base_id, group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor of the base and the fine-tuned models.

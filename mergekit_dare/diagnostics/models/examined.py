@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit.common import ModelPath, ModelReference
 from tqdm import tqdm
 
+from mergekit_dare.diagnostics.models import adapters
 from mergekit_dare.diagnostics.models import files as model_files
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.files import ModelFiles, is_local
@@ -25,8 +26,9 @@ class ExaminedModels:
     def __getitem__(self, model: ModelReference) -> ModelDescription:
         """Return what is known of a model, which is looked at now if it has not been yet."""
         if model not in self._described:
-            files = self._files_of(model.model)
-            self._described[model] = ModelDescription(model, files, self._adapter_problems(model))
+            described = ModelDescription(model, self._files_of(model.model))
+            described.adapter_problems.extend(self._adapter_problems(described))
+            self._described[model] = described
         return self._described[model]
 
     def look_at(self, models: Iterable[ModelReference]) -> None:
@@ -50,9 +52,10 @@ class ExaminedModels:
                 self._files[model] = self._hub.examine(model)
         return self._files[model]
 
-    def _adapter_problems(self, model: ModelReference) -> list[str]:
-        if model.lora is None:
+    def _adapter_problems(self, model: ModelDescription) -> list[str]:
+        lora = model.reference.lora
+        if lora is None or model.files.why_unusable:
             return []
-        if is_local(model.lora.path):
-            return model_files.examine_adapter(Path(model.lora.path))
-        return self._hub.examine_adapter(model.lora)
+        if is_local(lora.path):
+            return adapters.problems(model, Path(lora.path))
+        return self._hub.examine_adapter(lora)

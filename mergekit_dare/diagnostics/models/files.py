@@ -111,15 +111,6 @@ def no_model(names: Iterable[str], model: str) -> str | None:
     return None
 
 
-def examine_adapter(path: Path) -> list[str]:
-    """Say what is wrong with an adapter's folder."""
-    if not path.is_dir():
-        return [f"there is no folder {cut(str(path))}, the adapter"]
-    if not (path / "adapter_config.json").is_file():
-        return [f"{path} is no adapter: it has no adapter_config.json"]
-    return []
-
-
 def _examine_folder(folder: Path, found: ModelFiles, needs_config: bool) -> None:
     found.folder = folder
     if (what := no_model((file.name for file in folder.iterdir()), str(folder))) is not None:

@@ -62,7 +62,7 @@ def load(model: ModelDescription, tensors: Mapping[str, StoredTensor]) -> Loadin
         name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype), device="meta")
         for name, tensor in tensors.items()
     }
-    with _in_silence():
+    with in_silence():
         loaded, found = kind.from_pretrained(
             None,
             config=model.config,
@@ -78,6 +78,15 @@ def load(model: ModelDescription, tensors: Mapping[str, StoredTensor]) -> Loadin
     )
 
 
+def make_empty(model: ModelDescription) -> PreTrainedModel | None:
+    """Make a model of the class that its settings name; ``None`` if that is not transformers'.
+
+    Its weights are filled, unless the caller makes the meta device torch's default.
+    """
+    kind = _class_of(model)
+    return None if kind is None else kind(model.config)
+
+
 def _class_of(model: ModelDescription) -> type[PreTrainedModel] | None:
     names = model.files.config.get("architectures")
     if model.config is None or not isinstance(names, list) or not names:
@@ -87,7 +96,7 @@ def _class_of(model: ModelDescription) -> type[PreTrainedModel] | None:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
+def in_silence() -> Iterator[None]:
     """Keep transformers from reporting what is missing, and from a progress bar."""
     verbosity = transformers.logging.get_verbosity()
     has_bar = transformers.logging.is_progress_bar_enabled()

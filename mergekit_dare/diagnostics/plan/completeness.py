@@ -11,11 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mergekit.common import ModelReference
 
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
 from mergekit_dare.diagnostics.models import loading
+from mergekit_dare.diagnostics.models.description import ModelDescription
+from mergekit_dare.diagnostics.models.files import examine
 from mergekit_dare.diagnostics.models.loading import Loading
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
@@ -70,6 +73,33 @@ def outcome(plan: MergePlan) -> Outcome:
         return Outcome(before, loading.load(donor, merged))
     except Exception as error:
         return Outcome(before, None, reason(error))
+
+
+def warning_of(model: ModelReference, folder: str, planned: Iterable[str]) -> str | None:
+    """Say what a merged model will lack; ``None`` if nothing, or if that is not known.
+
+    Args:
+        model: The base model.
+        folder: Where its files are.
+        planned: The names of the merged model's tensors.
+
+    """
+    donor = ModelDescription(model, examine(Path(folder)))
+    stored = donor.files.tensors
+    merged = {name: stored.get(name, StoredTensor("F32", ())) for name in planned}
+    before, after = loading.load(donor, stored), loading.load(donor, merged)
+    if before is None or after is None:
+        return None
+    # Of slices, some layers are left out on purpose: what counts is what is in none.
+    kept = {_pattern(name) for name in after.parameters - after.missing}
+    lost = {n for n in after.missing - before.missing if _pattern(n) not in kept}
+    if not lost:
+        return None
+    parts = in_words(lost, after.parameters)
+    return (
+        f"the merged model will lack {parts}, which mergekit's description of this architecture "
+        "leaves out: mergekit-dare by-name merges it whole"
+    )
 
 
 def is_whole(plan: MergePlan) -> bool:
@@ -156,13 +186,17 @@ def in_words(lost: Iterable[str], parameters: Iterable[str]) -> str:
     parameters = frozenset(parameters)
     groups: dict[str, list[str]] = {}
     for part in _whole_parts(lost, parameters):
-        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", part), []).append(part)
+        groups.setdefault(_pattern(part), []).append(part)
     texts = [
         _group_in_words(pattern, parts, parts[0] in parameters) for pattern, parts in groups.items()
     ]
     if len(texts) > MOST_PARTS:
         texts[MOST_PARTS:] = [f"{len(texts) - MOST_PARTS} more parts"]
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _whole_parts(lost: Iterable[str], parameters: Iterable[str]) -> list[str]:

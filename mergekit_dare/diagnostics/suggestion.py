@@ -18,7 +18,7 @@ from mergekit_dare.diagnostics.deltas.excerpts import DTYPES
 from mergekit_dare.diagnostics.examination import Examination
 from mergekit_dare.diagnostics.findings import Finding, Severity
 from mergekit_dare.diagnostics.models.compatibility import helpful_settings
-from mergekit_dare.diagnostics.models.files import looks_like_the_hubs
+from mergekit_dare.diagnostics.models.files import looks_like_a_hub_name
 
 SEED = 42
 # What is written where nothing was measured.
@@ -142,7 +142,7 @@ def _text(
 
 def _named(model: str) -> str:
     """Return a folder's name so that it cannot be one of the hub."""
-    return f"./{model}" if looks_like_the_hubs(model) else model
+    return f"./{model}" if looks_like_a_hub_name(model) else model
 
 
 def _line(key: str, setting: Setting) -> str:

@@ -348,7 +348,7 @@ def test_unusable_inputs(family: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([str(broken)], "broken.yml cannot be read as YAML"),
         ([path, "--device", "cuda:99"], "--device cuda:99 is of no use here"),
-        ([damaged], f"{file} is cut off: it has 5000 bytes"),
+        ([damaged], f"{file} is truncated: it has 5000 bytes"),
         ([path, "--plot", str(tmp_path / "no" / "p.png")], "No such file"),
     ):
         code, out, err = run(*arguments)

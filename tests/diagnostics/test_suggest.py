@@ -85,7 +85,11 @@ def test_what_tokenizers_need(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "code", "message"),
     [
-        (["base", "mistral/base"], 1, "error: {f}/mistral/base is a MistralForCausalLM (mistral)"),
+        (
+            ["base", "mistral/base"],
+            1,
+            "error: the architecture of {f}/mistral/base is MistralForCausalLM (mistral)",
+        ),
         (["base", "none"], 1, "error: there is no folder {f}/none"),
         (["base", "a", "a"], 1, "error:"),
         (["base"], 2, "Missing argument 'MODELS...'"),

@@ -197,7 +197,7 @@ def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str
         "another version": (other, [], "was merged by mergekit-dare 99."),
         "mergekit's own": (own, [], "mergekit's own dare_ties, which draws anew"),
         "a drawing method": (out, ["--config", str(della)], "mergekit's own della"),
-        "a damaged output": (cut, [], f"{file} is cut off"),
+        "a damaged output": (cut, [], f"{file} is truncated"),
         "a model that is gone": (
             out,
             ["--config", str(gone)],

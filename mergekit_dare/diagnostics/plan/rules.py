@@ -1,4 +1,4 @@
-"""Rules on mergekit's plan: what it would load is compared with what the headers say is there."""
+"""Rules on mergekit's plan: what it would load is compared with what the headers list."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from mergekit_dare.diagnostics.plan import tasks
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
 
-# Buffers that older files have, and that are made anew when a model is loaded.
+# Buffers that older files contain, and that are created again when a model is loaded.
 _BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
 
 
 @rule
 def missing_in_a_file(plan: MergePlan) -> Findings:
-    """Find a tensor that one of several single files lacks."""
+    """Find a tensor that is missing from one of several single files."""
     base = plan.base or plan.config.referenced_models()[0]
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         missing = [name for name in ours if name not in theirs]
         if ours and theirs and missing:  # else pickled: names are not known
             message = (
-                f"{_some(missing)} of {base} {_are(missing)} missing in {model}; mergekit-pytorch "
-                "needs --tensor-intersection or --tensor-union"
+                f"{_some(missing)} of {base} {_are(missing)} missing from {model}; "
+                "mergekit-pytorch needs --tensor-intersection or --tensor-union"
             )
             yield plan.finding(model, message, Severity.WARNING)
 
 
 @rule
-def other_shape_in_a_file(plan: MergePlan) -> Findings:
-    """Find a tensor whose shape is not the same in all single files."""
+def different_shape_in_a_file(plan: MergePlan) -> Findings:
+    """Find a tensor whose shape differs between single files."""
     base = plan.base or plan.config.referenced_models()[0]
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         for name in ours.keys() & theirs.keys():
             if ours[name].shape != theirs[name].shape:
-                shapes = f"{theirs[name].shape} in {model}, {ours[name].shape} in {base}"
-                yield plan.finding(model, f"tensor {name} is {shapes}")
+                shapes = f"{theirs[name].shape} in {model} but {ours[name].shape} in {base}"
+                yield plan.finding(model, f"tensor {name} has shape {shapes}")
                 break
 
 
 @rule
-def layers_that_are_not_there(plan: MergePlan) -> Findings:
-    """Find a layer range that ends beyond the model's layers."""
+def missing_layers(plan: MergePlan) -> Findings:
+    """Find a layer range that ends beyond the model's last layer."""
     for part in plan.config.slices or []:
         for source in part.sources:
             count, last = plan.layers.get(source.model), source.layer_range[1]
             if count is not None and last > count:
-                message = f"layer_range ends at {last}, but {source.model} has {count} layers"
+                message = f"layer_range ends at {last}, but {source.model} has only {count} layers"
                 yield plan.finding(source.model, message)
 
 
@@ -95,7 +95,7 @@ def missing_tensor(plan: MergePlan) -> Findings:
         for model in lacking:
             missing.setdefault(model, []).append(weight.name)
     for model, names in missing.items():
-        message = f"{_some(names)} {_are(names)} missing in {model}, which the merge needs"
+        message = f"the merge needs {_some(names)}, which {_are(names)} missing from {model}"
         yield plan.finding(model, message)
 
 
@@ -115,8 +115,8 @@ def _must_be_whole(task: ExecuteMergeMethodTask, lacking: list[ModelReference]) 
 
 
 @rule
-def other_shape(plan: MergePlan) -> Findings:
-    """Find a tensor of another shape than the base model's; the first one of each model."""
+def different_shape(plan: MergePlan) -> Findings:
+    """Find a tensor whose shape differs from the base model's, the first one of each model."""
     named: set[ModelReference] = set()
     for tensor in plan.tensors:
         task = tensor.task
@@ -135,23 +135,23 @@ def other_shape(plan: MergePlan) -> Findings:
                 continue
             named.add(model)
             is_vocabulary = axis is not None and not aligns_tokens
-            hint = "; its vocabulary is another: set tokenizer_source" if is_vocabulary else ""
-            shapes = f"{stored.shape} in {model}, {present[first].shape} in {first}"
-            yield plan.finding(model, f"tensor {task.output_weight.name} is {shapes}{hint}")
+            hint = "; the vocabularies differ: set tokenizer_source" if is_vocabulary else ""
+            shapes = f"{stored.shape} in {model} but {present[first].shape} in {first}"
+            yield plan.finding(model, f"tensor {task.output_weight.name} has shape {shapes}{hint}")
 
 
 @rule
 def weights_on_the_hub(plan: MergePlan) -> Findings:
-    """Find weights that a merge fetches from the hub first."""
+    """Find weights that the merge first fetches from the hub."""
     if fetches := _fetched(plan):
-        sizes = f"fetches {_readable(fetches)} from the hub first, and writes "
-        message = f"the merge {sizes}{_readable(_written(plan))}"
+        sizes = f"{_readable(fetches)} from the hub, and writes {_readable(_written(plan))}"
+        message = f"the merge first fetches {sizes}"
         yield plan.finding(None, message, Severity.HINT)
 
 
 @rule
 def full_disk(plan: MergePlan) -> Findings:
-    """Find a disk without room for what the merge fetches and writes."""
+    """Find a disk that is too full for what the merge fetches and writes."""
     writes, fetches = _written(plan), _fetched(plan)
     needs: dict[Path, int] = {Path.cwd(): writes}
     if fetches:
@@ -196,20 +196,21 @@ def _readable(size: int) -> str:
 
 @rule
 def left_out_tensor(plan: MergePlan) -> Findings:
-    """Find a tensor of the base model that is in no output: mergekit drops it without a word."""
+    """Find a tensor of the base model that mergekit silently leaves out of the output."""
     base = plan.base
     if base is None or plan.config.slices is not None:
         return
     files = plan.models[base].files
     used = {name for tensor in plan.tensors for name in tensor.used.get(base, ())}
-    # A tied pair is stored once or twice; the plan takes the one.
+    # A tied pair is stored once or twice; the plan uses only one of them.
     left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
     if files.config.get("tie_word_embeddings"):
         left = [name for name in left if "lm_head" not in name]
     if left:
         message = (
-            f"{_some(left)} of {base} {_are(left)} in no output: mergekit's description of this "
-            "architecture does not name them, and the merged model will lack them"
+            f"{_some(left)} of {base} {_are(left)} not in mergekit's description of this "
+            "architecture, so the merged model will lack "
+            f"{'it' if len(left) == 1 else 'them'}"
         )
         yield plan.finding(base, message, Severity.WARNING)
 
@@ -223,15 +224,15 @@ def _are(names: list[str]) -> str:
     return "are" if len(names) > 1 else "is"
 
 
-OF_SINGLE_FILES = (missing_in_a_file, other_shape_in_a_file)
-# On a plan that there may not be, and on one that there is.
-OF_ANY_PLAN = (layers_that_are_not_there, refused_plan)
+OF_SINGLE_FILES = (missing_in_a_file, different_shape_in_a_file)
+# On whether mergekit can plan the merge, and on the plan if it can.
+OF_PLANNING = (missing_layers, refused_plan)
 OF_A_PLAN = (
     refused_tokenizer,
     missing_tensor,
-    other_shape,
+    different_shape,
     left_out_tensor,
     weights_on_the_hub,
     full_disk,
 )
-RULES = (*OF_SINGLE_FILES, *OF_ANY_PLAN, *OF_A_PLAN)
+RULES = (*OF_SINGLE_FILES, *OF_PLANNING, *OF_A_PLAN)

@@ -131,7 +131,7 @@ class _Checking:
             return findings + self.run(plan_rules.OF_SINGLE_FILES, plan)
         findings += self._of_models_together(examination)
         if not _has_error(findings) and not plan.would_fetch_weights:
-            findings += self.run(plan_rules.OF_ANY_PLAN, plan)
+            findings += self.run(plan_rules.OF_PLANNING, plan)
             if not _has_error(findings) and plan.refusal is None:
                 findings += self.run(plan_rules.OF_A_PLAN, plan)
             if not _has_error(findings) and plan.refusal is None:
@@ -145,7 +145,7 @@ class _Checking:
         others = [c for c in examination.comparisons if c.model is not c.donor]
         for compared in others:
             # If the architecture differs, everything else does, too.
-            findings += self.run([compatibility.other_architecture], compared) or self.run(
+            findings += self.run([compatibility.different_architecture], compared) or self.run(
                 compatibility.OF_ONE_ARCHITECTURE, compared
             )
         return findings

@@ -1,4 +1,4 @@
-"""What the header of a safetensors file says of its tensors: the one place that reads headers."""
+"""What the header of a safetensors file says about its tensors; all headers are read here."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LARGEST = 100_000_000  # bytes of a header; the format's own limit
 
 
 class DamagedFileError(ValueError):
-    """A file that is not in safetensors' format, or not whole; the message says how."""
+    """A file that is not in safetensors' format, or is incomplete; the message says how."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of a tensor.
+    """What a header says about a tensor.
 
     Attributes:
         dtype: As safetensors names it.
@@ -35,10 +35,10 @@ class StoredTensor:
 
 
 def read(file: Path) -> Mapping[str, StoredTensor]:
-    """Return the tensors of a file by name; a file that has not changed is read once.
+    """Return the tensors of a file by name; a file is read again only if it has changed.
 
     Raises:
-        DamagedFileError: see there.
+        DamagedFileError: the file is damaged.
         OSError: it cannot be read.
 
     """
@@ -51,7 +51,7 @@ def _read(file: Path, _changed: int, size: int) -> Mapping[str, StoredTensor]:
     try:
         with safetensors.safe_open(file, framework="pt"):  # it checks every offset
             pass
-    except Exception as error:  # safetensors has an exception type of its own, no OSError
+    except Exception as error:  # safetensors raises a type of its own, not OSError
         reason = " ".join(str(error).split())
         what = _size_problem(file, size) or f"is damaged: its header cannot be read ({reason})"
         raise DamagedFileError(what) from error
@@ -75,7 +75,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _size_problem(file: Path, size: int) -> str | None:
-    """Say that a file is cut off or too long, if its header can be read at all."""
+    """Say that a file is truncated or too long, if its header can be read at all."""
     try:
         header, start = _header(file, size)
         ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
@@ -84,5 +84,5 @@ def _size_problem(file: Path, size: int) -> str | None:
     whole = start + max(ends, default=0)
     if size == whole:
         return None
-    what = "is cut off" if size < whole else "has too much at its end"
-    return f"{what}: it has {size} bytes, its header speaks of {whole}"
+    what = "is truncated" if size < whole else "has extra bytes at its end"
+    return f"{what}: it has {size} bytes, but its header describes {whole}"

@@ -175,27 +175,27 @@ CASES: dict[str, Case] = {
     "a tensor is missing": (
         lambda f: merge_of(f, "base", "lacking"),
         False,
-        "tensor model.layers.0.input_layernorm.weight and 6 more are missing in {f}/lacking",
+        "input_layernorm.weight and 6 more, which are missing from {f}/lacking",
     ),
     "the base lacks its head": (
         lambda f: merge_of(f / "bert", "headless", "a"),
         False,
-        "tensor classifier.bias and 1 more are missing in {f}/bert/headless",
+        "tensor classifier.bias and 1 more, which are missing from {f}/bert/headless",
     ),
     "more layers": (
         lambda f: merge_of(f, "base", "five/a"),
         False,
-        "{f}/five/a has 5 layers (not 3): it is no version of {f}/base",
+        "{f}/five/a has 5 layers (not 3), so it was not fine-tuned from {f}/base",
     ),
     "other heads": (
         lambda f: merge_of(f, "base", "heads/a", tokenizer_source="union"),
         False,
-        "{f}/heads/a has 4 key-value heads (not 2): it is no version of {f}/base",
+        "{f}/heads/a has 4 key-value heads (not 2), so it was not fine-tuned from {f}/base",
     ),
     "another vocabulary": (
         lambda f: merge_of(f, "base", "words/a"),
         False,
-        "its vocabulary is another: set tokenizer_source",
+        "the vocabularies differ: set tokenizer_source",
     ),
     "another vocabulary, aligned": (
         lambda f: merge_of(f, "base", "words/a", tokenizer_source="base"),
@@ -205,7 +205,7 @@ CASES: dict[str, Case] = {
     "another architecture": (
         lambda f: merge_of(f, "base", "mistral/a"),
         False,
-        "{f}/mistral/a is a MistralForCausalLM (mistral), {f}/base is a LlamaForCausalLM (llama)",
+        "is MistralForCausalLM (mistral), but that of {f}/base is LlamaForCausalLM (llama)",
     ),
     "a slice of the base alone": (lambda f: sliced(f, ("base", 0, 1), ("a", 1, 3)), True, ""),
     "an empty slice for the head": (lambda f: sliced(f, ("a", 0, 3), ("base", 3, 3)), True, ""),

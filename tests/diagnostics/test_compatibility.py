@@ -149,9 +149,13 @@ def template(text: str) -> Edit:
 
 # What is done to a model, and what is said of it.
 CASES: dict[str, tuple[Edit, Severity, str]] = {
-    "architecture": (remade("mistral"), ERROR, "is a MistralForCausalLM (mistral), "),
+    "architecture": (remade("mistral"), ERROR, "is MistralForCausalLM (mistral), but that of"),
     "model type": (settings(model_type="mistral"), ERROR, "mergekit refuses to mix architectures"),
-    "layers": (remade("", num_hidden_layers=2), ERROR, "has 2 layers (not 3): it is no version"),
+    "layers": (
+        remade("", num_hidden_layers=2),
+        ERROR,
+        "has 2 layers (not 3), so it was not fine-tuned from",
+    ),
     "heads": (
         remade("", num_attention_heads=2, num_key_value_heads=2, head_dim=16),
         ERROR,
@@ -172,32 +176,40 @@ CASES: dict[str, tuple[Edit, Severity, str]] = {
     ),
     "fp8": (codes(torch.float8_e4m3fn), ERROR, "is quantized (tensor model.layers.0.mlp.up_proj"),
     "int8": (codes(torch.int8), ERROR, "is quantized (tensor model.layers.0.mlp.up_proj"),
-    "adapter": (adapter, ERROR, "is an adapter, no model: write BASE+"),
-    "GGUF": (only_gguf, ERROR, "has weights as GGUF only"),
-    "pickled": (only_pickled, WARNING, "are pickled only"),
-    "a shard": (shard_missing, ERROR, "model-00002-of-00002.safetensors is missing, which"),
-    "rope_theta": (rope(rope_theta=1e6), WARNING, "is 1000000.0, 10000.0 in"),
+    "adapter": (adapter, ERROR, "is an adapter, not a model: write BASE+"),
+    "GGUF": (only_gguf, ERROR, "has its weights only as GGUF"),
+    "pickled": (only_pickled, WARNING, "are available only as pickles"),
+    "a shard": (shard_missing, ERROR, "model-00002-of-00002.safetensors is missing, but listed in"),
+    "rope_theta": (rope(rope_theta=1e6), WARNING, "rope_theta is 1000000.0 in"),
     "rope_scaling": (
         rope(rope_type="linear", factor=2.0),
         WARNING,
-        "rope_scaling of",
+        "rope_scaling is",
     ),
-    "rms_norm_eps": (settings(rms_norm_eps=1e-5), WARNING, "rms_norm_eps of"),
-    "hidden_act": (settings(hidden_act="gelu"), WARNING, "has another activation"),
-    "tied": (settings(tie_word_embeddings=True), WARNING, "its embeddings stand in for the lm"),
-    "lengths": (settings(max_position_embeddings=512), WARNING, "is 512, 64 in"),
+    "rms_norm_eps": (settings(rms_norm_eps=1e-5), WARNING, "rms_norm_eps is"),
+    "hidden_act": (
+        settings(hidden_act="gelu"),
+        WARNING,
+        "with an activation function that they were not trained with",
+    ),
+    "tied": (settings(tie_word_embeddings=True), WARNING, "is a copy of its embeddings"),
+    "lengths": (
+        settings(max_position_embeddings=512),
+        WARNING,
+        "max_position_embeddings is 512 in",
+    ),
     "other ids": (tokens(order=swapped(40)), ERROR, "40 tokens of"),
     "two other ids": (
         tokens(order=[0, 1, 2, 3, 5, 4, *range(6, zoo.VOCABULARY)]),
         ERROR,
-        "have other ids than in",
+        "have different ids in",
     ),
     "an added token": (tokens(added=("<|im_start|>",)), WARNING, "1 token of"),
     "tokens that it lacks": (tokens(size=100), WARNING, "28 tokens of"),
     "eos": (
         settings("tokenizer_config.json", eos_token="<unk>"),
         WARNING,
-        "eos_token of",
+        "eos_token is",
     ),
     "eos by id": (
         lambda model: (
@@ -208,9 +220,9 @@ CASES: dict[str, tuple[Edit, Severity, str]] = {
             and settings(eos_token_id=5)(model)
         ),
         WARNING,
-        "is id 5, id 2 in",
+        "eos_token is id 5 in",
     ),
-    "chat template": (template("{{ messages }}"), WARNING, "takes, has none: the merged model"),
+    "chat template": (template("{{ messages }}"), WARNING, "inherits, has none: the merged model"),
     "damaged tokenizer": (
         lambda model: (model / "tokenizer.json").write_text('{"model": '),
         WARNING,
@@ -262,7 +274,7 @@ def test_well_behaved_families(name: str, tmp_path: Path) -> None:
     assert found(dare(tmp_path, seed=1), tmp_path) == []
 
 
-def test_what_the_config_sees_to(models: Path, tmp_path: Path) -> None:
+def test_what_the_config_takes_care_of(models: Path, tmp_path: Path) -> None:
     """Tokens with tokenizer_source; a chat template with chat_template, or from its model."""
 
     def several(model: Path) -> None:
@@ -282,7 +294,7 @@ def test_what_the_config_sees_to(models: Path, tmp_path: Path) -> None:
     assert found(config | {"tokenizer_source": "union"}, tmp_path) == []
     template("{{ other }}")(tmp_path / "base")
     (finding,) = found(config | {"tokenizer_source": "union"}, tmp_path)
-    assert "has another" in finding.message
+    assert "has a different one" in finding.message
 
 
 def test_a_tokenizer_that_mergekit_cannot_build(models: Path, tmp_path: Path) -> None:
@@ -321,7 +333,7 @@ def test_room_on_the_disk(models: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_names_that_mergekit_asks_the_hub_for(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that could be the hub's makes a merge fail at its end, offline; ./ mends it."""
+    """A name that could be the hub's makes a merge fail at its end, offline; ./ fixes it."""
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for name, asks in (("a", True), ("./a", False), (str(tmp_path / "a"), False)):
@@ -331,7 +343,7 @@ def test_names_that_mergekit_asks_the_hub_for(
         assert len(messages) == asks
         if asks:
             assert "asks the hub whether it has a model a" in messages[0]
-            assert messages[0].endswith("as HF_HUB_OFFLINE is set; write ./a")
+            assert messages[0].endswith("because HF_HUB_OFFLINE is set; write ./a")
             with pytest.raises(OfflineModeIsEnabled):
                 merge_yaml(config, tmp_path / "merge")
         else:

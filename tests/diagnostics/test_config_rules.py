@@ -478,7 +478,7 @@ def test_modules_and_anchors(tmp_path: Path) -> None:
     finding, hint = check_file(write(tmp_path, misspelled))[::-1]
     assert "no seed is set" in hint.message
     assert finding.text.startswith("paramters:")
-    assert "at the module level; did you mean parameters?" in finding.message
+    assert "at the module level and ignores it; did you mean parameters?" in finding.message
 
 
 def test_several_documents(tmp_path: Path) -> None:

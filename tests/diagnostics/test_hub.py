@@ -83,21 +83,21 @@ def run(
 
 
 EXPECTED = {
-    "me/a": "the merge fetches 0.2 MB from the hub first, and writes 0.1 MB",
-    f"me/a@{COMMIT}": "the merge fetches",
+    "me/a": "the merge first fetches 0.2 MB from the hub, and writes 0.1 MB",
+    f"me/a@{COMMIT}": "the merge first fetches",
     "me/a@v9": "me/a on the hub has no revision v9",
-    "me/none": "me/none is no folder here, and the hub has no such model, or it is private",
-    "a b/c": "a b/c is no folder here, and no name of a model on the hub",
+    "me/none": "me/none is not a folder here, and the hub has no such model, or it is private",
+    "a b/c": "a b/c is neither a folder here nor a valid name on the hub",
     "me/gated": "me/gated on the hub is gated: accept its terms on its page, and log in",
     "me/broken": "the hub answered with 503; try again later",
-    "me/adapter": "me/adapter is an adapter, no model: write BASE+me/adapter",
-    "me/base+me/adapter": "the merge fetches",
-    "me/base+me/a": "me/a is no adapter: it has no adapter_config.json",
-    "me/gguf": "me/gguf has weights as GGUF only",
+    "me/adapter": "me/adapter is an adapter, not a model: write BASE+me/adapter",
+    "me/base+me/adapter": "the merge first fetches",
+    "me/base+me/a": "me/a is not an adapter: it has no adapter_config.json",
+    "me/gguf": "me/gguf has its weights only as GGUF",
     "me/damaged": "me/damaged on the hub has no usable safetensors",
     "me/other": "me/other has 7 layers (not 3)",
-    "me/pickled": "the weights of me/pickled are pickled only",
-    "me/large": "are missing in me/large",
+    "me/pickled": "the weights of me/pickled are available only as pickles",
+    "me/large": "are missing from me/large",
 }
 
 
@@ -131,7 +131,7 @@ def test_tokenizers_of_the_hub(server: HubServer, tmp_path: Path) -> None:
     result = run(tmp_path, own, "mergekit-dare", "check", "--files", path)
     assert result.returncode == 0, result.stdout
     assert "error" not in result.stdout
-    assert "the merge fetches" in result.stdout
+    assert "the merge first fetches" in result.stdout
 
 
 def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:

@@ -202,42 +202,42 @@ def of_files(folder: Path) -> Config:
 
 NORM = "model.norm.weight"
 VOCABULARY = [*range(10), *range(127, 9, -1)]
-# By rule: what is changed in the models' folder, where there was nothing to find.
+# By rule: what is changed in the models' folder, in which there were no problems.
 MODELS: dict[str, Callable[[Path], object]] = {
     "unusable-model": lambda f: (f / "a" / "config.json").unlink(),
     "quantized-model": quantize,
     "pickled-weights": lambda f: pickle(f / "a"),
     "damaged-tokenizer": lambda f: (f / "a" / "tokenizer.json").write_text("{"),
-    "other-architecture": lambda f: change_json(f / "a", model_type="mistral"),
-    "other-size": lambda f: change_json(f / "a", intermediate_size=50),
-    "other-setting": lambda f: change_json(f / "a", rms_norm_eps=0.5),
-    "other-tied-embeddings": lambda f: change_json(f / "a", tie_word_embeddings=True),
+    "different-architecture": lambda f: change_json(f / "a", model_type="mistral"),
+    "different-size": lambda f: change_json(f / "a", intermediate_size=50),
+    "different-setting": lambda f: change_json(f / "a", rms_norm_eps=0.5),
+    "different-tied-embeddings": lambda f: change_json(f / "a", tie_word_embeddings=True),
     "moved-tokens": lambda f: zoo.tokenizer(order=VOCABULARY).save_pretrained(f / "a"),
     "unknown-tokens": lambda f: zoo.tokenizer(added=("<x>",)).save_pretrained(f / "a"),
-    "other-special-token": lambda f: change_json(
+    "different-special-token": lambda f: change_json(
         f / "a", "tokenizer_config.json", eos_token="<unk>"
     ),
     "lost-chat-template": lambda f: (f / "a" / "chat_template.jinja").write_text("x"),
     "missing-tensor": lambda f: change_tensors(f / "a", {}, without=NORM),
-    "other-shape": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
+    "different-shape": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
     "left-out-tensor": lambda f: change_tensors(f / "base", {"more": torch.ones(3)}),
     "lost-weights": add_mlp_biases,
     "refused-tokenizer": lambda f: (f / "base" / "tokenizer.json").write_text("{}"),
     "refused-plan": make_strange,
     "missing-in-a-file": lambda f: change_tensors(f / "a", {}, without=NORM),
-    "other-shape-in-a-file": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
+    "different-shape-in-a-file": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
 }
-# Of these, what is changed in the config, with nothing to find in the models as they were.
+# Of these, what is changed in the config, without problems while the models were unchanged.
 WITH: dict[str, Callable[[Path], Config]] = {
     "refused-tokenizer": lambda f: {"tokenizer_source": "union"},
     "missing-in-a-file": of_files,
-    "other-shape-in-a-file": of_files,
+    "different-shape-in-a-file": of_files,
 }
 # By rule: what is changed in the config alone.
 NAMES: dict[str, Callable[[Path], Config]] = {
     "unusable-adapter": lambda f: a_model(f"{f}/a+{f}/none"),
-    "name-like-the-hubs": lambda f: a_model("a"),
-    "layers-that-are-not-there": too_many_layers,
+    "name-looked-up-on-the-hub": lambda f: a_model("a"),
+    "missing-layers": too_many_layers,
 }
 
 

@@ -339,7 +339,11 @@ def fake_mergekit(environment: Environment, version: str, registry: str) -> None
     [
         ("0.1.4", "_METHODS = {}", "mergekit 0.1.4 is too old; upgrade with: pip install"),
         ("0.0.9.dev1", "", "mergekit 0.0.9.dev1 is too old"),
-        ("0.9.0", "METHODS = {}", "mergekit 0.9.0 keeps its methods elsewhere; upgrade merge"),
+        (
+            "0.9.0",
+            "METHODS = {}",
+            "mergekit 0.9.0 keeps its methods where mergekit-dare cannot find them",
+        ),
     ],
 )
 def test_an_incompatible_mergekit(

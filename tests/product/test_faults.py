@@ -102,15 +102,15 @@ def remove_shard(folder: Path) -> None:
 
 # What is done, what the last line of mergekit-yaml says, what `check --files` says, None where
 # headers do not tell.
-NOT_FINITE = f"tensor {TENSOR} of model {{b}} gives 1 of 1536 deltas that are NaN or infinite"
+NOT_FINITE = f"tensor {TENSOR} of model {{b}} makes 1 of 1536 deltas NaN or infinite"
 FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "cut off": (
         cut_off,
         "incomplete metadata",
-        "{b}/model.safetensors is cut off: it has 20000 by",
+        "{b}/model.safetensors is truncated: it has 20000 by",
     ),
     "damaged header": (damage_header, "deserializing header", "{b}/model.safetensors is damaged"),
-    "cut off pickle": (cut_off_pickle, "", "{b}/pytorch_model.bin is cut off or damaged"),
+    "cut off pickle": (cut_off_pickle, "", "{b}/pytorch_model.bin is truncated or damaged"),
     "missing shard": (
         remove_shard,
         "model-00002-of",
@@ -119,12 +119,12 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "missing tensor": (
         edit(remove_tensor),
         TENSOR,
-        f"tensor {TENSOR} is missing in",
+        f"tensor {TENSOR}, which is missing from",
     ),
     "another shape": (
         edit(shorten_tensor),
         TENSOR,
-        f"tensor {TENSOR} is (40, 32) in {{b}}, (48, 32",
+        f"tensor {TENSOR} has shape (40, 32) in {{b}} but (48, 32",
     ),
     "NaN": (set_element(float("nan")), NOT_FINITE, None),
     "infinity": (set_element(float("-inf")), NOT_FINITE, None),

@@ -1,5 +1,5 @@
-"""The models of a config: their files, here or on the hub, what these say, and the rules on them.
+"""The models of a config: their files, here or on the hub, what they say, and the rules on them.
 
-Reads headers, settings and tokenizers, and no weight. May import ``config``, ``findings`` and
+Reads headers, settings and tokenizers, but no weights. May import ``config``, ``findings`` and
 ``rules``, and no other room of ``diagnostics``.
 """

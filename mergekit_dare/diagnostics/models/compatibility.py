@@ -1,8 +1,8 @@
-"""Rules on models together, told from their settings and tokenizers: whether they fit.
+"""Rules on whether models fit together, judged by their settings and tokenizers.
 
-Each rule compares one model with the *donor*, the one whose settings the merged model takes: the
-base model, or the first model where there is none. What the config itself sees to, as with
-``tokenizer_source``, is no finding.
+Each rule compares one model with the *donor*, the one whose settings the merged model inherits: the
+base model, or the first model where there is none. What the config itself takes care of, as with
+``tokenizer_source``, is not a finding.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from mergekit_dare.diagnostics.rules import Findings, rule
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
-# A few tokens that moved spoil a few rows; more of them, and the embeddings of other tokens are
-# averaged.
+# A few moved tokens spoil a few rows; above this share, the vocabularies are in different orders.
 MOST_MOVED = 0.01
 EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Comparison(NamedModel):
-    """A model, what it is compared with, and what the config sees to itself.
+    """A model, what it is compared with, and what the config itself takes care of.
 
     Attributes:
-        donor: The model whose settings the merged model takes.
+        donor: The model whose settings the merged model inherits.
         with_layers: Whether all layers of all models are merged with each other.
-        with_tokenizer: Whether the config brings the vocabularies into one order.
+        with_tokenizer: Whether the config makes mergekit align the vocabularies.
         template_of: The model whose chat template the output has; ``None`` if the config sets it.
 
     """
@@ -47,11 +46,12 @@ class Comparison(NamedModel):
 
 @rule
 def pickled_weights(compared: Comparison) -> Findings:
-    """Find weights that are pickled only, which can run code and cannot be looked at."""
+    """Find weights that are available only as pickles, which can run code and are not checked."""
     if compared.model.files.is_pickled:
         message = (
-            f"the weights of {compared.model.name} are pickled only: a pickle can run code, and "
-            "its tensors are not checked here; take a copy in safetensors, or use --lazy-unpickle"
+            f"the weights of {compared.model.name} are available only as pickles, which can run "
+            "code and whose tensors are not checked here; use a safetensors copy, or "
+            "--lazy-unpickle"
         )
         yield compared.finding(message, WARNING)
 
@@ -66,8 +66,8 @@ def damaged_tokenizer(compared: Comparison) -> Findings:
 
 
 @rule
-def other_architecture(compared: Comparison) -> Findings:
-    """Find a model of another architecture, by mergekit's own description where it has one."""
+def different_architecture(compared: Comparison) -> Findings:
+    """Find a model whose architecture, as mergekit describes it, is not that of the others."""
     model, donor = compared.model, compared.donor
     if _have_one_architecture(model, donor):
         return
@@ -76,9 +76,9 @@ def other_architecture(compared: Comparison) -> Findings:
         for m in (model, donor)
     ]
     message = (
-        f"{model.name} is a {kinds[0]}, {donor.name} is a {kinds[1]}: mergekit refuses to mix "
-        f"architectures (without --allow-crimes); merge models that were fine-tuned from "
-        f"{donor.name}"
+        f"the architecture of {model.name} is {kinds[0]}, but that of {donor.name} is {kinds[1]}: "
+        "mergekit refuses to mix architectures without --allow-crimes; merge models that were "
+        f"fine-tuned from {donor.name}"
     )
     yield compared.finding(message)
 
@@ -95,10 +95,10 @@ def _have_one_architecture(model: ModelDescription, donor: ModelDescription) -> 
 
 def _architectures(model: ModelDescription) -> list[Any]:
     found = model.settings.get("architectures")
-    return found if isinstance(found, list) and found else ["model of no named architecture"]
+    return found if isinstance(found, list) and found else ["unnamed"]
 
 
-# The number that each setting counts, in the names of several families.
+# What each setting counts, under the names that several families of models use.
 COUNTS = {
     "num_attention_heads": "attention heads",
     "n_head": "attention heads",
@@ -120,8 +120,8 @@ SIZES = {
 
 
 @rule
-def other_size(compared: Comparison) -> Findings:
-    """Find a model of another size than the one that it is merged into."""
+def different_size(compared: Comparison) -> Findings:
+    """Find a model whose size differs from that of the model that it is merged into."""
     model, donor = compared.model, compared.donor
     numbers = COUNTS | SIZES | (LAYERS if compared.with_layers else {})
     differences = []
@@ -132,54 +132,55 @@ def other_size(compared: Comparison) -> Findings:
             differences.append(f"{what} (not {theirs})")
     if differences:
         message = (
-            f"{model.name} has {', '.join(dict.fromkeys(differences))}: it is no version of "
-            f"{donor.name}, and their tensors cannot be merged"
+            f"{model.name} has {', '.join(dict.fromkeys(differences))}, so it was not fine-tuned "
+            f"from {donor.name}, and their tensors cannot be merged"
         )
         yield compared.finding(message)
 
 
-# What a merged model does otherwise than the model did, if it takes another's setting.
+# What a model's weights run with in the merged model, instead of what they were trained with.
 MEANINGS = {
-    "rope_theta": "sees other positions than it was trained with",
-    "rope_scaling": "sees other positions than it was trained with",
-    "partial_rotary_factor": "sees other positions than it was trained with",
-    "sliding_window": "looks back less far or farther",
-    "rms_norm_eps": "normalizes otherwise",
-    "layer_norm_eps": "normalizes otherwise",
-    "layer_norm_epsilon": "normalizes otherwise",
-    "hidden_act": "has another activation",
-    "hidden_activation": "has another activation",
-    "activation_function": "has another activation",
-    "max_position_embeddings": "is made for other lengths of text",
-    "n_positions": "is made for other lengths of text",
+    "rope_theta": "a position encoding",
+    "rope_scaling": "a position encoding",
+    "partial_rotary_factor": "a position encoding",
+    "sliding_window": "an attention window",
+    "rms_norm_eps": "a normalization",
+    "layer_norm_eps": "a normalization",
+    "layer_norm_epsilon": "a normalization",
+    "hidden_act": "an activation function",
+    "hidden_activation": "an activation function",
+    "activation_function": "an activation function",
+    "max_position_embeddings": "a maximum text length",
+    "n_positions": "a maximum text length",
 }
 
 
 @rule
-def other_setting(compared: Comparison) -> Findings:
-    """Find a setting that differs, and that changes what the same weights do."""
+def different_setting(compared: Comparison) -> Findings:
+    """Find a setting that differs between models and changes what the same weights do."""
     model, donor = compared.model, compared.donor
-    for key, effect in MEANINGS.items():
+    for key, meaning in MEANINGS.items():
         ours, theirs = model.settings.get(key), donor.settings.get(key)
         if ours != theirs:
             message = (
-                f"{key} of {model.name} is {shown(ours)}, {shown(theirs)} in {donor.name}, whose "
-                f"settings the merged model takes: what came from {model.name} {effect}; set it in "
-                "the merged config.json as the model that matters most has it"
+                f"{key} is {shown(ours)} in {model.name} but {shown(theirs)} in {donor.name}, "
+                "whose settings the merged model inherits: the weights of "
+                f"{model.name} would run with {meaning} that they were not trained with; in the "
+                f"merged config.json, set {key} to the value of the model that matters most"
             )
             yield compared.finding(message, WARNING)
 
 
 @rule
-def other_tied_embeddings(compared: Comparison) -> Findings:
-    """Find a model that ties its embeddings to its lm_head where the other does not."""
+def different_tied_embeddings(compared: Comparison) -> Findings:
+    """Find models that disagree on whether the embeddings are tied to the lm_head."""
     model, donor = compared.model, compared.donor
     ours, theirs = (bool(m.settings.get("tie_word_embeddings")) for m in (model, donor))
     if ours != theirs:
-        lost = "its lm_head is left out" if theirs else "its embeddings stand in for the lm_head"
+        effect = "is left out" if theirs else "is a copy of its embeddings"
         message = (
-            f"tie_word_embeddings of {model.name} is {ours}, {theirs} in {donor.name}, whose "
-            f"settings the merged model takes: {lost}"
+            f"tie_word_embeddings is {ours} in {model.name} but {theirs} in {donor.name}, whose "
+            f"settings the merged model inherits: the lm_head of {model.name} {effect}"
         )
         yield compared.finding(message, WARNING)
 
@@ -194,17 +195,17 @@ def _tokens(compared: Comparison) -> tuple[dict[str, int], dict[str, int]] | Non
 
 @rule
 def moved_tokens(compared: Comparison) -> Findings:
-    """Find tokens that have other ids than in the model whose tokenizer is taken."""
+    """Find tokens whose ids differ from those in the merged model's tokenizer."""
     if (found := _tokens(compared)) is None:
         return
     ours, theirs = found
     shared = ours.keys() & theirs.keys()
     moved = [token for token in ours if token in shared and ours[token] != theirs[token]]
     if moved:
-        examples = [f"{t!r} {ours[t]} and {theirs[t]}" for t in moved]
+        examples = [f"{t!r}: {ours[t]} and {theirs[t]}" for t in moved]
         many = len(moved) > MOST_MOVED * len(shared)
         message = (
-            f"{_number(moved)} of {compared.model.name} {_have(moved)} other ids than in "
+            f"{_number(moved)} of {compared.model.name} {_have(moved)} different ids in "
             f"{compared.donor.name} ({_examples(examples)}): the embeddings of different tokens "
             "would be merged; set tokenizer_source: base, or union"
         )
@@ -213,7 +214,7 @@ def moved_tokens(compared: Comparison) -> Findings:
 
 @rule
 def unknown_tokens(compared: Comparison) -> Findings:
-    """Find tokens that only one of two models has."""
+    """Find tokens that only one of the two models has."""
     if (found := _tokens(compared)) is None:
         return
     model, donor = compared.model, compared.donor
@@ -223,28 +224,28 @@ def unknown_tokens(compared: Comparison) -> Findings:
     if here:
         message = (
             f"{_number(here)} of {model.name} ({_examples(map(repr, here))}) {_are(here)} unknown "
-            f"to {donor.name}, whose tokenizer the merged model takes; set tokenizer_source: "
+            f"to {donor.name}, whose tokenizer the merged model inherits; set tokenizer_source: "
             f"union, or {model.name}"
         )
         yield compared.finding(message, WARNING)
     elif there:
         message = (
             f"{_number(there)} of {donor.name} ({_examples(map(repr, there))}) {_are(there)} not "
-            f"in {model.name}: whatever stands in its rows is merged; set tokenizer_source: base"
+            f"in {model.name}, so whatever is in their rows is merged; set tokenizer_source: base"
         )
         yield compared.finding(message, WARNING)
 
 
 _SPECIAL_EFFECTS = {
-    "bos_token": "a text may begin otherwise than it was trained with",
-    "eos_token": "it may not know where to stop",
+    "bos_token": "texts may begin with a token that it was not trained with",
+    "eos_token": "it may not stop where it should",
     "pad_token": "padded batches may differ",
 }
 
 
 @rule
-def other_special_token(compared: Comparison) -> Findings:
-    """Find a first, last or padding token that is another one than in the donor."""
+def different_special_token(compared: Comparison) -> Findings:
+    """Find a first, last or padding token that differs between models."""
     if compared.with_tokenizer:
         return
     model, donor = compared.model, compared.donor
@@ -254,9 +255,10 @@ def other_special_token(compared: Comparison) -> Findings:
             ours, theirs = (_special_id(m, key) for m in (model, donor))
         if ours is not None and theirs is not None and ours != theirs:
             message = (
-                f"{key} of {model.name} is {cut(ours)}, {cut(theirs)} in {donor.name}, whose "
-                f"tokenizer the merged model takes: {_SPECIAL_EFFECTS[key]}; set "
-                f"tokenizer_source: {model.name} if the merged model is to be used as that one is"
+                f"{key} is {cut(ours)} in {model.name} but {cut(theirs)} in {donor.name}, whose "
+                f"tokenizer the merged model inherits: {_SPECIAL_EFFECTS[key]}; set "
+                f"tokenizer_source: {model.name} if the merged model is to be used like "
+                f"{model.name}"
             )
             yield compared.finding(message, WARNING)
 
@@ -281,36 +283,36 @@ def lost_chat_template(compared: Comparison) -> Findings:
     theirs = None if giver.vocabulary is None else giver.vocabulary.template
     if ours is None or (theirs is not None and ours.strip() == theirs.strip()):
         return
-    other = "has none" if theirs is None else "has another"
+    other = "has none" if theirs is None else "has a different one"
     message = (
-        f"{model.name} has a chat template, and {giver.name}, whose tokenizer the merged model "
-        f"takes, {other}: the merged model will not be asked as it was trained; set "
-        "chat_template: auto"
+        f"{model.name} has a chat template, but {giver.name}, whose tokenizer the merged model "
+        f"inherits, {other}: the merged model will not be prompted as {model.name} was trained; "
+        "set chat_template: auto"
     )
     yield compared.finding(message, WARNING)
 
 
-ALONE = (pickled_weights, damaged_tokenizer)  # on every model, the donor too
+ALONE = (pickled_weights, damaged_tokenizer)  # on every model, including the donor
 OF_ONE_ARCHITECTURE = (
-    other_size,
-    other_setting,
-    other_tied_embeddings,
+    different_size,
+    different_setting,
+    different_tied_embeddings,
     moved_tokens,
     unknown_tokens,
-    other_special_token,
+    different_special_token,
     lost_chat_template,
 )
-RULES = (*ALONE, other_architecture, *OF_ONE_ARCHITECTURE)
+RULES = (*ALONE, different_architecture, *OF_ONE_ARCHITECTURE)
 
 
 def helpful_settings(comparisons: Iterable[Comparison]) -> dict[str, str]:
-    """Return the settings of a config that see to what tokenizers differ in, with the reason."""
+    """Return the config settings that handle differences between tokenizers, with the reason."""
     others = [compared for compared in comparisons if compared.model is not compared.donor]
     found = {}
     if any(list(moved_tokens(c)) + list(unknown_tokens(c)) for c in others):
-        found["tokenizer_source"] = "the models' tokens are not the same"
+        found["tokenizer_source"] = "the models' tokens differ"
     if any(list(lost_chat_template(compared)) for compared in others):
-        found["chat_template"] = "the models' chat templates are not the same"
+        found["chat_template"] = "the models' chat templates differ"
     return found
 
 

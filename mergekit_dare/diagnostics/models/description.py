@@ -1,4 +1,4 @@
-"""A model, and what its files say of it: its settings and its tokenizer."""
+"""A model, and what its files say about it: its settings and its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mergekit_dare.diagnostics.models.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model, and what its files say of it.
+    """A model, and what its files say about it.
 
     Attributes:
         reference: How the config names it.
-        files: What was found.
+        files: What was found in its files.
         adapter_problems: What is wrong with its adapter, if it has one: one sentence each.
 
     """
@@ -40,7 +40,7 @@ class ModelDescription:
         """Its settings as transformers reads them, which fills in what older files leave out."""
         try:
             config = AutoConfig.from_pretrained(self.files.folder, trust_remote_code=False)
-        except Exception:  # code of its own, a type of another release, or nonsense
+        except Exception:  # custom code, a type from another release, or nonsense
             return None
         if self.reference.override_architecture:
             config.architectures = [self.reference.override_architecture]
@@ -48,7 +48,7 @@ class ModelDescription:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All of its settings by their last name, those of a text model inside it too."""
+        """All of its settings by their innermost key, including those of a text model inside it."""
         try:
             config = self.files.config if self.config is None else self.config.to_dict()
         except Exception:
@@ -57,7 +57,7 @@ class ModelDescription:
 
     @cached_property
     def tokenizer(self) -> Vocabulary | ValueError | None:
-        """What its tokenizer knows, or why it cannot be read; ``None`` if it has none."""
+        """What its tokenizer contains, or why it cannot be read; ``None`` if it has none."""
         try:
             return tokenizer.read(self.files)
         except ValueError as error:
@@ -65,12 +65,12 @@ class ModelDescription:
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """What its tokenizer knows, if it has one that can be read."""
+        """What its tokenizer contains, if it has one that can be read."""
         return None if isinstance(self.tokenizer, ValueError) else self.tokenizer
 
 
 def _flat(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Return all settings by their last name; the outer one counts, if there are two."""
+    """Return all settings by their innermost key; of two, the outer one counts."""
     inner: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -79,11 +79,11 @@ def _flat(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
                 rest = dict(value)
                 if "rope_theta" in rest:
                     found["rope_theta"] = rest.pop("rope_theta")
-                # transformers writes out what is the default
+                # transformers writes out the default
                 if rest.get("rope_type", rest.get("type")) not in (None, "default"):
                     found["rope_scaling"] = rest
                 elif any(isinstance(part, dict) for part in rest.values()):
-                    found["rope_scaling"] = rest  # of each kind of layer
+                    found["rope_scaling"] = rest  # one for each kind of layer
             continue
         if isinstance(value, dict) and depth and key.endswith("_config"):
             inner |= _flat(value, depth - 1)

@@ -1,4 +1,4 @@
-"""The models of a config, each looked at once."""
+"""The models of a config, each examined once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergekit_dare.diagnostics.models.hub import Hub
 
 
 class ExaminedModels:
-    """Models that have been looked at, here or on the hub; several configs may share them."""
+    """Models that have been examined, here or on the hub; several configs may share them."""
 
     def __init__(self) -> None:
         self._hub = Hub()
@@ -24,7 +24,7 @@ class ExaminedModels:
         self._described: dict[ModelReference, ModelDescription] = {}
 
     def __getitem__(self, model: ModelReference) -> ModelDescription:
-        """Return what is known of a model, which is looked at now if it has not been yet."""
+        """Return what is known about a model, which is examined now if it has not been yet."""
         if model not in self._described:
             described = ModelDescription(model, self._files_of(model.model))
             described.adapter_problems.extend(self._adapter_problems(described))
@@ -32,7 +32,7 @@ class ExaminedModels:
         return self._described[model]
 
     def look_at(self, models: Iterable[ModelReference]) -> None:
-        """Look at models, with a progress bar if the hub is asked."""
+        """Examine models, with a progress bar if the hub is asked."""
         waiting = [m for m in models if m not in self._described]
         remote = [model for model in waiting if not is_local(model.model.path)]
         bar = tqdm(total=len(remote), desc="Asking the hub", disable=None if remote else True)
@@ -44,7 +44,7 @@ class ExaminedModels:
     def _files_of(self, model: ModelPath) -> ModelFiles:
         if model not in self._files:
             if model.path.startswith("~"):
-                problem = "mergekit does not know ~; write the whole path"
+                problem = "mergekit does not expand ~; write the full path"
                 self._files[model] = ModelFiles(problems=[problem])
             elif is_local(model.path):
                 self._files[model] = model_files.examine(Path(model.path))

@@ -1,6 +1,6 @@
-"""Whether the files of a local model are whole, told from their headers: no weight is read.
+"""Whether the files of a local model are intact, judged by their headers: no weights are read.
 
-mergekit ends with a traceback when it meets a damaged file, but some of them do not say which.
+mergekit ends with a traceback when it meets a damaged file, but not every traceback says which.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin", "model-", "pytorch_mo
 
 @dataclass
 class ModelFiles:
-    """What the files of a model say of themselves.
+    """What the files of a model say about themselves.
 
     Attributes:
-        problems: One sentence for each, with the file's name.
-        quantized: The sentence that says so, if its weights are codes.
+        problems: One sentence for each problem, with the file's name.
+        quantized: The sentence that says so, if it is quantized.
         tensors: Those that are stored in safetensors, by name.
         config: The content of config.json, if there is one.
-        folder: Where its JSON files lie, if it is not a single file.
-        same_as: Names of JSON files that lie elsewhere, because another model's are the same.
+        folder: Where its JSON files are, if it is not a single file.
+        same_as: JSON files that are elsewhere, because another model has the same ones, by name.
         is_pickled: Whether its weights are pickled, so that nothing is known of its tensors.
-        download: Bytes that a merge would fetch first.
+        download: Bytes that a merge would have to fetch first.
 
     """
 
@@ -64,9 +64,9 @@ class ModelFiles:
 
 
 def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
-    """Look at a model's folder, or at a single file as ``mergekit-pytorch`` takes it.
+    """Examine a model's folder, or a single file as ``mergekit-pytorch`` takes it.
 
-    ``needs_config``: whether a folder without config.json is none of a model.
+    ``needs_config``: whether a model's folder must have a config.json.
     """
     found = ModelFiles()
     try:
@@ -83,37 +83,37 @@ def examine(path: Path, *, needs_config: bool = True) -> ModelFiles:
 
 
 def note_quantization(model: str, found: ModelFiles) -> None:
-    """Note whether the weights are codes."""
+    """Note whether the model is quantized."""
     dtypes = {name: tensor.dtype for name, tensor in found.tensors.items()}
     if not found.problems and (kind := quantization.kind(found.config, dtypes)) is not None:
         found.quantized = quantization.problem(cut(model), kind)
 
 
-def no_model(names: Iterable[str], model: str) -> str | None:
-    """Say what a folder is instead, if its files are not those of a model.
+def why_not_a_model(names: Iterable[str], model: str) -> str | None:
+    """Say what a folder is instead, if its files are not a model's.
 
     Args:
-        names: Of its files.
+        names: Those of its files.
         model: How the config names it.
 
     """
     found = set(names)
     if "adapter_config.json" in found and not any(n.startswith(_WEIGHT_STEMS) for n in found):
         return (
-            f"{cut(model)} is an adapter, no model: write BASE+{cut(model)}, with the model that "
-            "it was trained on as BASE"
+            f"{cut(model)} is an adapter, not a model: write BASE+{cut(model)}, where BASE is the "
+            "model that it was trained on"
         )
     if any(n.endswith(".gguf") for n in found) and not any(n.endswith(_WEIGHTS) for n in found):
         return (
-            f"{cut(model)} has weights as GGUF only, which mergekit does not read: take the model "
-            "in safetensors that they were made from"
+            f"{cut(model)} has its weights only as GGUF, which mergekit cannot read: use the "
+            "safetensors model that they were made from"
         )
     return None
 
 
 def _examine_folder(folder: Path, found: ModelFiles, needs_config: bool) -> None:
     found.folder = folder
-    if (what := no_model((file.name for file in folder.iterdir()), str(folder))) is not None:
+    if (what := why_not_a_model((file.name for file in folder.iterdir()), str(folder))) is not None:
         found.problems.append(what)
         return
     if needs_config or (folder / "config.json").exists():
@@ -132,19 +132,19 @@ def read_config(file: Path, found: ModelFiles) -> None:
     if isinstance(config, dict):
         found.config = config
     else:
-        found.problems.append(f"{file} holds no settings: it is no mapping")
+        found.problems.append(f"{file} contains no settings: it is not a JSON object")
 
 
 def read_json(file: Path) -> object:
     """Return the content of a JSON file.
 
     Raises:
-        ValueError: it is missing, no file, too large, or no JSON; the message names it.
+        ValueError: it is missing, not a file, too large, or not JSON; the message names it.
 
     """
     try:
         if file.exists() and not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         if file.exists() and file.stat().st_size > _LARGEST_JSON:
             raise ValueError("it is too large")
         content: object = json.loads(file.read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def read_json(file: Path) -> object:
 def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
     """Return the files that hold the weights, in the order in which mergekit looks for them.
 
-    Safetensors come before pickled files, and an index before the file that it may stand beside.
+    Safetensors come before pickled files, and an index before the file that may be beside it.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -180,21 +180,21 @@ def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
         names = dict.fromkeys(map(str, weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             file = cut(str(folder / missing[0]))
-            found.problems.append(f"{file}{more} is missing, which {index} names")
+            found.problems.append(f"{file}{more} missing, but listed in {index}")
         return [folder / name for name in names if name not in missing]
-    found.problems.append(f"{folder} has no weights: neither model.safetensors nor an index")
+    found.problems.append(f"{folder} has no weights: it has neither model.safetensors nor an index")
     return []
 
 
 def _examine_weights(file: Path, found: ModelFiles) -> None:
     if not stat.S_ISREG(file.stat().st_mode):
-        found.problems.append(f"{cut(str(file))} is no file")
+        found.problems.append(f"{cut(str(file))} is not a file")
     elif file.suffix == ".safetensors":
         _examine_safetensors(file, found)
     elif not zipfile.is_zipfile(file) and _start(file) != b"\x80":  # neither new nor old torch.save
-        found.problems.append(f"{file} is cut off or damaged: torch cannot load it")
+        found.problems.append(f"{file} is truncated or damaged: torch cannot load it")
 
 
 def _start(file: Path) -> bytes:
@@ -209,7 +209,7 @@ def _examine_safetensors(file: Path, found: ModelFiles) -> None:
         found.problems.append(f"{file} {cut(str(error))}")
         return
     if not tensors:
-        found.problems.append(f"{file} holds no tensors")
+        found.problems.append(f"{file} contains no tensors")
     found.tensors.update(tensors)
 
 
@@ -220,16 +220,16 @@ def is_local(name: str) -> bool:
         if path.exists():
             return True
         beside_others = len(path.parts) == 2 and path.parent.is_dir()  # not the hub's owner/name
-    except (OSError, ValueError):  # longer than a name may be
+    except (OSError, ValueError):  # longer than a path may be
         return True
     return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or beside_others
 
 
-def looks_like_the_hubs(name: str) -> bool:
-    """Tell whether mergekit may take a folder's name for that of a model on the hub.
+def looks_like_a_hub_name(name: str) -> bool:
+    """Tell whether mergekit may mistake a folder's name for that of a model on the hub.
 
-    For the model card, after a merge, it asks the hub about names of local models, too, unless they
-    cannot be one of the hub.
+    After a merge, for the model card, it asks the hub even about names of local models, unless no
+    model on the hub can have that name.
     """
     if name.startswith(("/", "~")) or name.count("/") > 1 or not is_local(name):
         return False

@@ -1,7 +1,7 @@
-"""What a model on the hub says of itself: its JSON files and the headers of its weights.
+"""What a model on the hub says about itself: its JSON files and the headers of its weights.
 
-mergekit brings huggingface_hub, whose calls these are; nothing but a few hundred kB is fetched, and
-the JSON files stay in the cache, where a merge finds them.
+Uses huggingface_hub, which mergekit depends on. Only a few hundred kB are fetched, and the JSON
+files stay in the cache, where a merge finds them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from mergekit_dare.diagnostics.models.files import ModelFiles
 from mergekit_dare.plugin.headers import StoredTensor
 
 JSON_FILES = ("config.json", "generation_config.json", "adapter_config.json", *tokenizer.FILES)
-# Seconds until a server that says nothing is given up.
+# Seconds to wait for a server that does not respond.
 PATIENCE = 5.0
-# What mergekit fetches of a model.
+# What mergekit fetches of a model besides its weights.
 _FETCHED = (".json", "tokenizer.model")
 
 
 class Hub:
     """Looks models up, in the cache and then on the hub.
 
-    A server that could not be reached is not asked again, and a file that another model has as well
-    is not fetched again.
+    A server that could not be reached is not asked again, and a file that several models share is
+    fetched only once.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Hub:
         self._fetched: dict[str, Path] = {}
 
     def examine(self, model: ModelPath) -> ModelFiles:
-        """Look at a model by its name and revision."""
+        """Examine a model by its name and revision."""
         found = ModelFiles()
         try:
             folder = _cached(model)
@@ -50,7 +50,7 @@ class Hub:
                 found.problems.append(f"{model} was not looked up: {self._unreachable}")
                 return found
             self._examine(model, found)
-        except Exception as error:  # of the hub's client, its HTTP library, and the file system
+        except Exception as error:  # from the hub's client, its HTTP library, or the file system
             found.problems.append(self._refusal(model, error))
         return found
 
@@ -64,7 +64,7 @@ class Hub:
                 return [f"{model} was not looked up: {self._unreachable}"]
             info = _info(model)
             if "adapter_config.json" not in {file.rfilename for file in info.siblings or []}:
-                found.problems.append(f"{model} is no adapter: it has no adapter_config.json")
+                found.problems.append(f"{model} is not an adapter: it has no adapter_config.json")
         except Exception as error:
             found.problems.append(self._refusal(model, error))
         return found.problems
@@ -72,15 +72,15 @@ class Hub:
     def _examine(self, model: ModelPath, found: ModelFiles) -> None:
         info = _info(model)
         files = {file.rfilename: file for file in info.siblings or []}
-        if (what := model_files.no_model(files, str(model))) is not None:
+        if (what := model_files.why_not_a_model(files, str(model))) is not None:
             found.problems.append(what)
             return
         if "config.json" not in files:
-            found.problems.append(f"{model} on the hub has no config.json: it is no model")
+            found.problems.append(f"{model} on the hub has no config.json, so it is not a model")
             return
         for name in filter(files.__contains__, JSON_FILES):
             blob = str(files[name].blob_id)
-            # What reads a folder's settings needs them there.
+            # transformers reads the settings from the model's own folder.
             if blob in self._fetched and name != "config.json":
                 found.same_as[name] = self._fetched[blob]
                 continue
@@ -97,13 +97,15 @@ class Hub:
         if suffix == ".bin":
             found.is_pickled = any(name.endswith(".bin") for name in files)
             if not found.is_pickled:
-                found.problems.append(f"{model} on the hub has no weights: no safetensors")
+                found.problems.append(
+                    f"{model} on the hub has no weights: neither .safetensors nor .bin"
+                )
         else:
             found.tensors = _headers(model.path, info.sha)
         model_files.note_quantization(str(model), found)
 
     def _refusal(self, model: ModelPath, error: Exception) -> str:
-        """Say in one sentence why a model cannot be looked at, and what helps."""
+        """Say in one sentence why a model cannot be examined, and what to do about it."""
         if isinstance(error, errors.GatedRepoError):
             return (
                 f"{model} on the hub is gated: accept its terms on its page, and log in with "
@@ -113,29 +115,29 @@ class Hub:
             return f"{model.path} on the hub has no revision {model.revision}"
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
-                f"{model} is no folder here, and the hub has no such model, or it is private: "
+                f"{model} is not a folder here, and the hub has no such model, or it is private: "
                 "check the name, or log in with hf auth login or HF_TOKEN"
             )
         if isinstance(error, errors.HFValidationError):
-            return f"{cut(str(model))} is no folder here, and no name of a model on the hub"
+            return f"{cut(str(model))} is neither a folder here nor a valid name on the hub"
         if isinstance(error, (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError)):
             return f"{model} on the hub has no usable safetensors: {cut(str(error))}"
         if isinstance(error, errors.HfHubHTTPError):
-            code = error.response.status_code if error.response is not None else "no code"
+            code = error.response.status_code if error.response is not None else "no status code"
             return f"{model} cannot be looked up: the hub answered with {code}; try again later"
         if _is_of_the_network(error):
             self._unreachable = (
-                f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); is there a "
-                "network? Models can be given as folders, too"
+                f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the "
+                "network, or give the models as folders"
             )
             return f"{model} cannot be looked up: {self._unreachable}"
         return f"{model} cannot be looked up: {cut(f'{type(error).__name__}: {error}')}"
 
 
 def _is_of_the_network(error: BaseException) -> bool:
-    """Tell whether an error, or one behind it, is one of the connection.
+    """Tell whether an error, or one that caused it, is about the connection.
 
-    The client's HTTP library is not the same in all of its releases.
+    The hub's client does not use the same HTTP library in all of its releases.
     """
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -157,7 +159,7 @@ def _info(model: ModelPath) -> huggingface_hub.ModelInfo:
 
 
 def _cached(model: ModelPath) -> Path | None:
-    """Return the folder of the cache that has files of a model."""
+    """Return the folder of the cache that holds a model's files."""
     path = huggingface_hub.try_to_load_from_cache(
         model.path, "config.json", revision=model.revision
     )
@@ -165,14 +167,14 @@ def _cached(model: ModelPath) -> Path | None:
 
 
 def _offline(model: ModelPath, folder: Path | None) -> str:
-    what = "HF_HUB_OFFLINE is set, and mergekit asks the hub for a list of files even so"
+    what = "HF_HUB_OFFLINE is set, but mergekit still asks the hub for a list of files"
     if folder is None:
-        return f"{model} is not on this machine: {what}; unset it, or write a folder's path"
-    return f"{model} is given by its name: {what}; unset it, or write {folder}"
+        return f"{model} is not on this machine: {what}; unset it, or give a folder's path"
+    return f"{model} is given by its name: {what}; unset it, or give the path {folder}"
 
 
 def _headers(name: str, revision: str | None) -> dict[str, StoredTensor]:
-    """Fetch the headers of all files of weights."""
+    """Fetch the headers of all weight files."""
     metadata = huggingface_hub.HfApi().get_safetensors_metadata(name, revision=revision)
     return {
         tensor: StoredTensor(info.dtype, tuple(info.shape))

@@ -1,4 +1,4 @@
-"""Rules on the models that a config names, each for itself: whether its files can be merged."""
+"""Rules on each model that a config names: whether its files can be merged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yaml.nodes import Node
 from mergekit_dare.diagnostics.config.document import Document
 from mergekit_dare.diagnostics.findings import Finding, Severity
 from mergekit_dare.diagnostics.models.description import ModelDescription
-from mergekit_dare.diagnostics.models.files import looks_like_the_hubs
+from mergekit_dare.diagnostics.models.files import looks_like_a_hub_name
 from mergekit_dare.diagnostics.rules import Findings, rule
 
 
@@ -36,35 +36,35 @@ class NamedModel:
 
 @rule
 def unusable_model(named: NamedModel) -> Findings:
-    """Find a model that is not there, or whose files are damaged, incomplete or not a model's."""
+    """Find a model that does not exist, or whose files are damaged, incomplete or not a model's."""
     yield from map(named.finding, named.model.files.problems)
 
 
 @rule
 def quantized_model(named: NamedModel) -> Findings:
-    """Find a model whose weights are codes, which a merge would take for weights."""
+    """Find a quantized model, whose codes a merge would take for weights."""
     if named.model.files.quantized is not None:
         yield named.finding(named.model.files.quantized)
 
 
 @rule
 def unusable_adapter(named: NamedModel) -> Findings:
-    """Find an adapter that is not there, or is not one."""
+    """Find an adapter that does not exist, or is not an adapter."""
     yield from map(named.finding, named.model.adapter_problems)
 
 
 @rule
-def name_like_the_hubs(named: NamedModel) -> Findings:
+def name_looked_up_on_the_hub(named: NamedModel) -> Findings:
     """Find a folder that mergekit looks up on the hub after the merge, which needs a network."""
     reference = named.model.reference
     adapter = [] if reference.lora is None else [reference.lora.path]
-    for name in filter(looks_like_the_hubs, [reference.model.path, *adapter]):
+    for name in filter(looks_like_a_hub_name, [reference.model.path, *adapter]):
         offline = constants.HF_HUB_OFFLINE
         message = (
             f"after the merge, mergekit asks the hub whether it has a model {name}, and fails "
-            f"{'as HF_HUB_OFFLINE is set' if offline else 'without a network'}; write ./{name}"
+            f"{'because HF_HUB_OFFLINE is set' if offline else 'without a network'}; write ./{name}"
         )
         yield named.finding(message, Severity.WARNING if offline else Severity.HINT)
 
 
-RULES = (unusable_model, quantized_model, unusable_adapter, name_like_the_hubs)
+RULES = (unusable_model, quantized_model, unusable_adapter, name_looked_up_on_the_hub)

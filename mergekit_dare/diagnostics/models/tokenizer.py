@@ -1,4 +1,4 @@
-"""The tokens of a model, its special ones and its chat template, as its tokenizer's files say."""
+"""A model's tokens, special tokens and chat template, as its tokenizer's files have them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_dare.diagnostics.models.files import ModelFiles, read_json
 
-# What holds the tokens of a tokenizer, the first that is there.
+# Where a tokenizer's tokens are: in the first of these that exists.
 TOKENS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 FILES = (
     *TOKENS,
@@ -24,11 +24,11 @@ SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer knows.
+    """What a tokenizer contains.
 
     Attributes:
-        ids: Every token's id, those of added tokens too.
-        special: The text of its first, last and padding token, by ``SPECIAL``.
+        ids: Every token's id, including those of added tokens.
+        special: The text of its first, last and padding token, by the names in ``SPECIAL``.
         template: Its chat template, if it has one.
 
     """
@@ -39,7 +39,7 @@ class Vocabulary:
 
 
 def read(files: ModelFiles) -> Vocabulary | None:
-    """Return what a model's tokenizer knows; ``None`` if it has none.
+    """Return what a model's tokenizer contains; ``None`` if it has none.
 
     Raises:
         ValueError: a file is damaged; the message names it.
@@ -64,7 +64,7 @@ def _mapping(path: Path | None) -> dict[str, Any]:
 
 
 def _text(token: object) -> str | None:
-    """Return a token that is written as a text, or as a mapping with its content."""
+    """Return a token that is given as a string, or as a mapping with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -88,7 +88,7 @@ def _tokens(paths: dict[str, Path]) -> dict[str, int]:
 
 
 def _of_tokenizers(content: dict[str, Any]) -> dict[str, int]:
-    """Read the format of the tokenizers library: pairs with scores where it is a unigram model."""
+    """Read the format of the tokenizers library: pairs with scores for a unigram model."""
     model = content.get("model")
     tokens = model.get("vocab") if isinstance(model, dict) else None
     found: dict[str, int] = {}
@@ -104,7 +104,7 @@ def _of_tokenizers(content: dict[str, Any]) -> dict[str, int]:
 
 
 def _of_sentencepiece(folder: Path) -> dict[str, int]:
-    """Let transformers read it, which may need more packages: without them, nothing is known."""
+    """Let transformers read it; without the packages that this may need, nothing is known."""
     from transformers import AutoTokenizer
 
     try:
@@ -128,7 +128,7 @@ def _template(paths: dict[str, Path], settings: dict[str, Any]) -> str | None:
             raise ValueError(f"{path} cannot be read: {error}") from error
     found = _mapping(paths.get("chat_template.json")).get("chat_template")
     found = found or settings.get("chat_template")
-    if isinstance(found, list):  # several with names
+    if isinstance(found, list):  # several named ones
         named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default") or json.dumps(named, sort_keys=True)
     return found if isinstance(found, str) and found.strip() else None

@@ -1,5 +1,5 @@
-"""What mergekit will do with a config and its models: its own plan, and the rules on that.
+"""What mergekit will do with a config and its models: its own plan, and the rules on it.
 
-Reads no weight, but for a task that its caller asks to load. May import ``models``, ``config``,
+Reads no weights, except for a task that the caller asks to load. May import ``models``, ``config``,
 ``findings`` and ``rules``, and no other room of ``diagnostics``.
 """

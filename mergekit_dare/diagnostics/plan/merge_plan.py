@@ -28,13 +28,13 @@ from mergekit_dare.plugin.headers import StoredTensor
 
 @dataclass
 class PlannedTensor:
-    """A tensor of the output, and what its task would load, as the headers have it.
+    """A tensor of the output, and what its task would load, according to the headers.
 
     Attributes:
         task: What merges it.
         inputs: What is stored, by model; ``None`` where nothing fits.
         used: The names under which that is stored, by model.
-        is_known: Whether the names of all models' tensors are known: those of pickles are not.
+        is_known: Whether all models' tensor names are known: those in pickles are not.
 
     """
 
@@ -45,11 +45,11 @@ class PlannedTensor:
 
 
 class MergePlan:
-    """mergekit's plan for one config; it is made when it is first asked for, and once.
+    """mergekit's plan for one config; it is made once, when it is first asked for.
 
     Attributes:
         document: The config, with its lines.
-        config: The same as mergekit has it.
+        config: The same as mergekit parses it.
         models: Its models.
 
     """
@@ -98,11 +98,11 @@ class MergePlan:
 
     @property
     def would_fetch_weights(self) -> bool:
-        """Whether mergekit would look into weights on the hub, to plan what it does not know."""
+        """Whether mergekit, to plan an unknown architecture, would read weights on the hub."""
         models = self.config.referenced_models() if self._remote else []
         try:
             return any(arch_info_for_config(model.config()) is None for model in models)
-        except Exception:  # refused_plan says what it is
+        except Exception:  # refused_plan reports it
             return False
 
     @cached_property
@@ -110,7 +110,7 @@ class MergePlan:
         """Each model's number of layers, if it has one kind of layers and mergekit knows it."""
         try:
             return self._layers()
-        except Exception:  # the plan's refusal says what it is
+        except Exception:  # the plan's refusal reports it
             return {}
 
     def _layers(self) -> dict[ModelReference, int]:
@@ -125,10 +125,10 @@ class MergePlan:
 
     @cached_property
     def saves(self) -> list[SaveTensor]:
-        """The tensors that the merge would save, in which models stand in for their adapters.
+        """The tensors that the merge would save, planned as if no model had an adapter.
 
         Raises:
-            Exception: whatever mergekit raises: the models do not fit, or are not there.
+            Exception: whatever mergekit raises: the models do not fit, or do not exist.
 
         """
         if self.is_of_single_files:
@@ -167,7 +167,7 @@ class MergePlan:
 
     @cached_property
     def tensors(self) -> list[PlannedTensor]:
-        """What is merged of which stored tensors."""
+        """The tensors of the output, with the stored tensors that each is merged from."""
         planned = [save.tensor_task for save in self.saves]
         return [self._planned(task) for task in planned if isinstance(task, ExecuteMergeMethodTask)]
 
@@ -191,7 +191,7 @@ class MergePlan:
 def _converted(
     model_type: str, stored: Mapping[str, StoredTensor], names: list[str]
 ) -> tuple[StoredTensor | None, set[str]]:
-    """Let mergekit convert tensors without data, as it does for layouts of other releases."""
+    """Let mergekit convert tensors without data, as it does for the layouts of other releases."""
     used: set[str] = set()
 
     def source(name: str) -> torch.Tensor:
@@ -202,7 +202,7 @@ def _converted(
     for name in names:
         try:
             tensor = convert_checkpoint_tensors(model_type, sources, name)
-        except Exception:  # it is asked for what it may not know
+        except Exception:  # it may not know this name
             tensor = None
         if tensor is not None:
             return StoredTensor("", tuple(tensor.shape)), used

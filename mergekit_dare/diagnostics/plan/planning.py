@@ -29,22 +29,22 @@ def plan(
     """Return the tensors that mergekit-yaml would save, with the tasks that make them.
 
     Args:
-        config: As mergekit has it; left as it is.
+        config: As mergekit parses it; it is not changed.
         options: Those that mergekit-yaml would be given.
-        merge_adapters: Whether adapters may be merged into their models, which is work and
-            needs ``lora_merge_cache``; else the models stand in for them.
-        names: The stored tensors of models that are not on this machine, and are not to be
+        merge_adapters: Whether adapters may be merged into their models, which takes time and
+            needs ``lora_merge_cache``; otherwise adapters are left out.
+        names: The stored tensors of models that are not on this machine and must not be
             fetched.
 
     Raises:
-        Exception: whatever mergekit raises: the models do not fit, or their files are not there.
+        Exception: whatever mergekit raises: the models do not fit, or their files do not exist.
 
     """
     config = config.model_copy(deep=True)
     architecture = get_architecture_info(config, options)
     cache = LoaderCache()
     cache.setup(options=options)
-    # It keeps what it has read of a model; the files may have changed since.
+    # It remembers what it has read of a model; the files may have changed since.
     cache.loaders.clear()
     for model, stored in (names or {}).items():
         paths = dict.fromkeys(stored, "not fetched")
@@ -59,14 +59,14 @@ def plan(
     donor = config.base_model or config.referenced_models()[0]
     out_config = donor.config(trust_remote_code=options.trust_remote_code)
     planner = MergePlanner(config, architecture, options, out_config)
-    # Planning writes nothing: the folder would be made when the tasks are run.
+    # Planning writes nothing: the folder would be created only when the tasks are run.
     tasks = planner.plan_to_disk("unused")
     return [task for task in tasks if isinstance(task, SaveTensor)]
 
 
 @contextmanager
 def cached_adapters(options: MergeOptions) -> Iterator[MergeOptions]:
-    """Give the options a folder for adapters that are merged into models, if they have none."""
+    """Give the options a cache folder for merged adapters, if they have none."""
     if options.lora_merge_cache is not None:
         yield options
         return
@@ -87,6 +87,6 @@ def plan_single_files(config: Mapping[str, Any], options: MergeOptions) -> list[
 
 
 def take_seed(options: MergeOptions) -> None:
-    """Let merges without a ``seed`` take that of ``--random-seed``, as mergekit's commands do."""
+    """Let merges without a ``seed`` use that of ``--random-seed``, as mergekit's commands do."""
     if options.random_seed is not None:
         torch.manual_seed(options.random_seed)

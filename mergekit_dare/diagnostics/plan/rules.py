@@ -1,4 +1,4 @@
-"""Rules on mergekit's plan: what it would load is compared with what the headers say is there."""
+"""Rules on mergekit's plan: what it would load is compared with what the headers list."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ from mergekit_dare.diagnostics.rules import Findings, rule
 
 @rule
 def missing_in_a_file(plan: MergePlan) -> Findings:
-    """Find a tensor that one of several single files lacks."""
+    """Find a tensor that is missing from one of several single files."""
     base = plan.base or plan.config.referenced_models()[0]
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         missing = [name for name in ours if name not in theirs]
         if ours and theirs and missing:  # else pickled: names are not known
             message = (
-                f"{some(missing)} of {base} {are(missing)} missing in {model}; mergekit-pytorch "
-                "needs --tensor-intersection or --tensor-union"
+                f"{some(missing)} of {base} {are(missing)} missing from {model}; "
+                "mergekit-pytorch needs --tensor-intersection or --tensor-union"
             )
             yield plan.finding(model, message, Severity.WARNING)
 
 
 @rule
-def other_shape_in_a_file(plan: MergePlan) -> Findings:
-    """Find a tensor whose shape is not the same in all single files."""
+def different_shape_in_a_file(plan: MergePlan) -> Findings:
+    """Find a tensor whose shape differs between single files."""
     base = plan.base or plan.config.referenced_models()[0]
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         for name in ours.keys() & theirs.keys():
             if ours[name].shape != theirs[name].shape:
-                shapes = f"{theirs[name].shape} in {model}, {ours[name].shape} in {base}"
-                yield plan.finding(model, f"tensor {name} is {shapes}")
+                shapes = f"{theirs[name].shape} in {model} but {ours[name].shape} in {base}"
+                yield plan.finding(model, f"tensor {name} has shape {shapes}")
                 break
 
 
 @rule
-def layers_that_are_not_there(plan: MergePlan) -> Findings:
-    """Find a layer range that ends beyond the model's layers."""
+def missing_layers(plan: MergePlan) -> Findings:
+    """Find a layer range that ends beyond the model's last layer."""
     for part in plan.config.slices or []:
         for source in part.sources:
             count, last = plan.layers.get(source.model), source.layer_range[1]
             if count is not None and last > count:
-                message = f"layer_range ends at {last}, but {source.model} has {count} layers"
+                message = f"layer_range ends at {last}, but {source.model} has only {count} layers"
                 yield plan.finding(source.model, message)
 
 
@@ -113,7 +113,7 @@ def missing_tensor(plan: MergePlan) -> Findings:
     for model, names in missing.items():
         names = [name for name in names if name not in asked_in_vain]
         if names:
-            message = f"{some(names)} {are(names)} missing in {model}, which the merge needs"
+            message = f"the merge needs {some(names)}, which {are(names)} missing from {model}"
             yield plan.finding(model, message)
 
 
@@ -133,8 +133,8 @@ def _must_be_whole(task: ExecuteMergeMethodTask, lacking: list[ModelReference]) 
 
 
 @rule
-def other_shape(plan: MergePlan) -> Findings:
-    """Find a tensor of another shape than the base model's; the first one of each model."""
+def different_shape(plan: MergePlan) -> Findings:
+    """Find a tensor whose shape differs from the base model's, the first one of each model."""
     named: set[ModelReference] = set()
     for tensor in plan.tensors:
         task = tensor.task
@@ -153,23 +153,23 @@ def other_shape(plan: MergePlan) -> Findings:
                 continue
             named.add(model)
             is_vocabulary = axis is not None and not aligns_tokens
-            hint = "; its vocabulary is another: set tokenizer_source" if is_vocabulary else ""
-            shapes = f"{stored.shape} in {model}, {present[first].shape} in {first}"
-            yield plan.finding(model, f"tensor {task.output_weight.name} is {shapes}{hint}")
+            hint = "; the vocabularies differ: set tokenizer_source" if is_vocabulary else ""
+            shapes = f"{stored.shape} in {model} but {present[first].shape} in {first}"
+            yield plan.finding(model, f"tensor {task.output_weight.name} has shape {shapes}{hint}")
 
 
 @rule
 def weights_on_the_hub(plan: MergePlan) -> Findings:
-    """Find weights that a merge fetches from the hub first."""
+    """Find weights that the merge first fetches from the hub."""
     if fetches := _fetched(plan):
-        sizes = f"fetches {_readable(fetches)} from the hub first, and writes "
-        message = f"the merge {sizes}{_readable(_written(plan))}"
+        sizes = f"{_readable(fetches)} from the hub, and writes {_readable(_written(plan))}"
+        message = f"the merge first fetches {sizes}"
         yield plan.finding(None, message, Severity.HINT)
 
 
 @rule
 def full_disk(plan: MergePlan) -> Findings:
-    """Find a disk without room for what the merge fetches and writes."""
+    """Find a disk that is too full for what the merge fetches and writes."""
     writes, fetches = _written(plan), _fetched(plan)
     needs: dict[Path, int] = {Path.cwd(): writes}
     if fetches:
@@ -212,16 +212,15 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
 
 
-OF_SINGLE_FILES = (missing_in_a_file, other_shape_in_a_file)
-# On a plan that there may not be, and on one that there is.
-OF_ANY_PLAN = (layers_that_are_not_there, refused_plan)
+OF_SINGLE_FILES = (missing_in_a_file, different_shape_in_a_file)
+# On whether mergekit can plan the merge, on the plan if it can, and on what comes out of it.
+OF_PLANNING = (missing_layers, refused_plan)
 OF_A_PLAN = (
     refused_tokenizer,
     missing_tensor,
-    other_shape,
+    different_shape,
     weights_on_the_hub,
     full_disk,
 )
-# On one that mergekit would carry out.
 OF_THE_OUTPUT = completeness.RULES
-RULES = (*OF_SINGLE_FILES, *OF_ANY_PLAN, *OF_A_PLAN, *OF_THE_OUTPUT)
+RULES = (*OF_SINGLE_FILES, *OF_PLANNING, *OF_A_PLAN, *OF_THE_OUTPUT)

@@ -1,4 +1,4 @@
-"""The tasks of a plan: running what they load, and reading what they ask for."""
+"""The tasks of a plan: loading their inputs, and reading their parameters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mergekit_dare.plugin.methods import DareMethod
 
 
 def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[Any, Tensor]:
-    """Run what a task needs, and return its inputs by model, vocabularies aligned.
+    """Load what a task needs, and return its inputs by model, with vocabularies aligned.
 
     Args:
-        task: One of the plan.
+        task: A task of the plan.
         results: What is kept from one task to the next: the tokenizer.
 
     """
@@ -32,7 +32,7 @@ def loaded(task: ExecuteMergeMethodTask, results: dict[Task[Any], Any]) -> dict[
 
 
 def recipe_of(task: ExecuteMergeMethodTask) -> Recipe | None:
-    """Return what is the same for all models of a task; ``None`` if it is not one of ours."""
+    """Return what is the same for all models of a task; ``None`` if its method is not ours."""
     method = merge_methods.get(task.method_name)
     if not isinstance(method, DareMethod):
         return None
@@ -61,7 +61,7 @@ def _run(task: Task[Any], results: dict[Task[Any], Any]) -> Any:
 
 
 def build_tokenizer(saves: Iterable[SaveTensor]) -> None:
-    """Let mergekit build the tokenizer of a plan, if it is to have one; nothing is written.
+    """Let mergekit build the tokenizer of a plan, if it has one; nothing is written.
 
     Raises:
         Exception: whatever mergekit or transformers raise.
@@ -89,5 +89,5 @@ def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:
 
 
 def aligns_tokens(task: ExecuteMergeMethodTask) -> bool:
-    """Tell whether a task brings the rows of several vocabularies into one order."""
+    """Tell whether a task aligns the rows of several vocabularies."""
     return isinstance(task.gather_tensors, PermutedVocabulary | TruncatedVocabulary)

@@ -81,7 +81,8 @@ class Examination:
         if donor is None:
             return []
         source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-        template_of = models.get(source) if isinstance(source, ModelReference) else donor
+        named_source = models.get(source) if isinstance(source, ModelReference) else None
+        template_of = named_source if isinstance(source, ModelReference) else donor
         return [
             Comparison(
                 self.document,
@@ -90,6 +91,7 @@ class Examination:
                 donor,
                 with_layers=config.slices is None,
                 with_tokenizer=bool(source),
+                tokenizer_of=donor if source == "base" else named_source,
                 template_of=None if config.chat_template else template_of,
             )
             for found in named

@@ -33,6 +33,20 @@ class Setting:
     reason: str
 
 
+@dataclass(frozen=True)
+class OfModel:
+    """What is suggested for one model.
+
+    Attributes:
+        density: Its density.
+        has_deltas: Whether it differs from the base model, so far as is known.
+
+    """
+
+    density: Setting
+    has_deltas: bool = True
+
+
 @dataclass
 class Suggestion:
     """What is suggested.
@@ -62,7 +76,7 @@ def suggest(
         Exception: whatever mergekit raises when it reads the weights.
 
     """
-    unknown = [Setting(UNKNOWN_DENSITY, "") for _ in models]
+    unknown = [OfModel(Setting(UNKNOWN_DENSITY, "")) for _ in models]
     draft = Examination(_parse(_text(base, models, method, unknown, {})), options)
     shared = _shared_settings(draft)
     document = _parse(_text(base, models, method, unknown, shared))
@@ -72,7 +86,7 @@ def suggest(
         return Suggestion(findings=findings)
     of_draft = checking.check([examination])
     of_models = [finding for finding in findings if finding not in of_draft]
-    text = _text(base, models, method, _densities(examination, models), shared)
+    text = _text(base, models, method, _of_models(examination, models), shared)
     return Suggestion(text, checking.check([Examination(_parse(text))]) + of_models)
 
 
@@ -104,15 +118,19 @@ def _dtype(draft: Examination) -> str | None:
     return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.") if counts else None
 
 
-def _densities(examination: Examination, models: Sequence[str]) -> list[Setting]:
-    """Measure excerpts of the deltas, and return the density that suits each model."""
+def _of_models(examination: Examination, models: Sequence[str]) -> list[OfModel]:
+    """Measure excerpts of the deltas, and return what suits each model."""
     if any(named.model.files.download for named in examination.named_models):
         reason = "not measured, as weights are not on this machine: see mergekit-dare inspect"
-        return [Setting(UNKNOWN_DENSITY, reason) for _ in models]
+        return [OfModel(Setting(UNKNOWN_DENSITY, reason)) for _ in models]
     verdicts = inspection.inspect(examination).verdicts()
     of_models = [verdicts[str(ModelReference.parse(_named(model)))] for model in models]
     return [
-        Setting(verdict.density, f"{verdict.sentence}: {verdict.reason}") for verdict in of_models
+        OfModel(
+            Setting(verdict.density, f"{verdict.sentence}: {verdict.reason}"),
+            has_deltas=verdict.kind != "no change",
+        )
+        for verdict in of_models
     ]
 
 
@@ -120,19 +138,20 @@ def _text(
     base: str,
     models: Sequence[str],
     method: str,
-    densities: Sequence[Setting],
+    of_models: Sequence[OfModel],
     shared: dict[str, Setting],
 ) -> str:
     weight = Setting(1.0, "its whole delta")
     if len(models) > 1:
         weight = Setting(round(1 / len(models), 2), "an equal share; deltas are summed")
     lines = [f"merge_method: {method}", f"base_model: {_scalar(_named(base))}", "models:"]
-    for model, density in zip(models, densities, strict=True):
+    for model, suggested in zip(models, of_models, strict=True):
+        without = Setting(weight.value, "without effect: it equals the base model")
         lines += [
             f"  - model: {_scalar(_named(model))}",
             "    parameters:",
-            f"      {_line('weight', weight)}",
-            f"      {_line('density', density)}",
+            f"      {_line('weight', weight if suggested.has_deltas else without)}",
+            f"      {_line('density', suggested.density)}",
         ]
     seed = Setting(SEED, "together with the models' weights, it decides what is dropped")
     lines += ["parameters:", f"  {_line('seed', seed)}"]

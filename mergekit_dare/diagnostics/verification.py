@@ -175,8 +175,10 @@ def verify(
 def _open_model(out: Path, options: MergeOptions) -> LazyTensorLoader:
     if not out.exists():
         raise CannotVerifyError(f"there is no model {out}")
-    for problem in model_files.examine(out, needs_config=False).why_unusable:
-        raise CannotVerifyError(problem)
+    found = model_files.examine(out, needs_config=False)
+    for problem in [*found.why_unusable, found.ambiguous]:
+        if problem is not None:
+            raise CannotVerifyError(problem)
     read_index = ShardedTensorIndex.from_disk if out.is_dir() else ShardedTensorIndex.from_file
     return LazyTensorLoader(read_index(str(out)), lazy_unpickle=options.lazy_unpickle)
 

@@ -183,6 +183,17 @@ def add_mlp_biases(folder: Path) -> None:
         change_tensors(folder / name, biases)
 
 
+def two_sets(folder: Path) -> None:
+    """An index and its one shard beside the file that was there."""
+    shutil.copy(folder / "a" / "model.safetensors", folder / "a" / "model-1-of-1.safetensors")
+    weight_map = dict.fromkeys(
+        load_file(folder / "a" / "model.safetensors"), "model-1-of-1.safetensors"
+    )
+    (folder / "a" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
+
+
 def a_model(name: str) -> Config:
     return {"models": [{"model": name, "parameters": {"weight": 1, "density": 0.5}}]}
 
@@ -222,6 +233,18 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "different-shape": lambda f: change_tensors(f / "a", {NORM: torch.ones(3)}),
     "left-out-tensor": lambda f: change_tensors(f / "base", {"more": torch.ones(3)}),
     "lost-weights": add_mlp_biases,
+    "only-in-a-fine-tuned-model": lambda f: change_tensors(
+        f / "a", {"v_head.summary.weight": torch.ones(3)}
+    ),
+    "two-sets-of-weights": two_sets,
+    "leftover-quantization-config": lambda f: change_json(
+        f / "base", quantization_config={"quant_method": "fp8"}
+    ),
+    "mixed-dtypes": lambda f: change_tensors(f / "a", {NORM: torch.ones(32, dtype=torch.half)}),
+    "tokens-without-rows": lambda f: [
+        zoo.tokenizer(added=("<x>",)).save_pretrained(f / name) for name in ("base", "a")
+    ],
+    "tokens-left-out": lambda f: zoo.tokenizer(added=("<x>",)).save_pretrained(f / "a"),
     "refused-tokenizer": lambda f: (f / "base" / "tokenizer.json").write_text("{}"),
     "refused-plan": make_strange,
     "missing-in-a-file": lambda f: change_tensors(f / "a", {}, without=NORM),
@@ -229,6 +252,7 @@ MODELS: dict[str, Callable[[Path], object]] = {
 }
 # Of these, what is changed in the config, without problems while the models were unchanged.
 WITH: dict[str, Callable[[Path], Config]] = {
+    "tokens-left-out": lambda f: {"tokenizer_source": "base"},
     "refused-tokenizer": lambda f: {"tokenizer_source": "union"},
     "missing-in-a-file": of_files,
     "different-shape-in-a-file": of_files,

@@ -82,6 +82,14 @@ def test_what_tokenizers_need(models: Path, tmp_path: Path) -> None:
     assert check_file(str(file), files=True) == []
 
 
+def test_a_model_that_equals_the_base(models: Path) -> None:
+    shutil.copytree(models / "base", models / "same", dirs_exist_ok=True)
+    said = suggest(models / "base", models / "same", models / "a").stdout
+    same, other = said.split("  - model: ")[1:]
+    assert "weight: 0.5 # without effect: it equals the base model" in same
+    assert "weight: 0.5 # an equal share" in other
+
+
 @pytest.mark.parametrize(
     ("names", "code", "message"),
     [

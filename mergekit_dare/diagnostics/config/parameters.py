@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -38,8 +39,10 @@ def unknown_parameter(document: Document) -> Findings:
         for key, _ in entries(node) if isinstance(node, MappingNode) else []:
             name = str(key.value)
             if name not in known:
-                near = did_you_mean(name, known)
-                message = f"{spec.name} has no parameter {shown(name)}{near}"
+                hint = did_you_mean(name, known)
+                if name in MergeConfiguration.model_fields:
+                    hint = "; it belongs at the top level of the config"
+                message = f"{spec.name} has no parameter {shown(name)}{hint}"
                 yield document.finding(key, message)
 
 

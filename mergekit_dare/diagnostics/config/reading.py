@@ -5,6 +5,7 @@ A file's size, its depth, and what its aliases expand to are limited here.
 
 from __future__ import annotations
 
+import codecs
 import stat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from yaml.nodes import MappingNode, Node
 
 from mergekit_dare.diagnostics.config.document import Document
 from mergekit_dare.diagnostics.config.nodes import children, plain
+from mergekit_dare.diagnostics.config.yaml_errors import located
 from mergekit_dare.diagnostics.findings import UnusableFileError, cut
 
 LARGEST_FILE = 4 << 20
@@ -41,7 +43,9 @@ def parse(text: str, path: str) -> list[Document]:
     try:
         roots = [root for root in yaml.compose_all(text, yaml.SafeLoader) if root is not None]
     except yaml.YAMLError as error:
-        raise UnusableFileError(f"{path} cannot be read as YAML: {cut(str(error))}") from error
+        line, problem = located(error, lines)
+        place = f"{path}:{line}:" if line is not None else path
+        raise UnusableFileError(f"{place} cannot be read as YAML: {problem}") from error
     except RecursionError as error:
         raise UnusableFileError(
             f"{path} cannot be read as YAML: it is nested too deeply"
@@ -92,8 +96,17 @@ def _read_text(path: str) -> str:
             raise UnusableFileError(f"{path} is not a file")
         if status.st_size > LARGEST_FILE:
             raise UnusableFileError(f"{path} is larger than 4 MiB, too large for a config")
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an impossible path
+        content = Path(path).read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UnusableFileError(f"{path} is in UTF-16; save it as UTF-8")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise UnusableFileError(
+            f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
         raise UnusableFileError(f"{cut(path)} cannot be read: {cut(str(error))}") from error
 
 

@@ -44,8 +44,10 @@ def problems(model: ModelDescription, folder: Path) -> list[str]:
         stored = headers.read(folder / SAFETENSORS)
     except headers.DamagedFileError as error:
         return [f"{folder / SAFETENSORS} {cut(str(error))}"]
-    except (OSError, ValueError) as error:
-        return [cut(str(error))]
+    except ValueError as error:  # of a JSON file, which it names
+        return [str(error)]
+    except OSError as error:
+        return [f"{folder} cannot be read: {reason(error)}"]
     return _misfits(model, folder, stored)
 
 

@@ -34,6 +34,7 @@ class Comparison(NamedModel):
         donor: The model whose settings the merged model inherits.
         with_layers: Whether all layers of all models are merged with each other.
         with_tokenizer: Whether the config makes mergekit align the vocabularies.
+        tokenizer_of: The model whose tokenizer the config chooses; ``None`` if it chooses none.
         template_of: The model whose chat template the output has; ``None`` if the config sets it.
 
     """
@@ -41,6 +42,7 @@ class Comparison(NamedModel):
     donor: ModelDescription
     with_layers: bool
     with_tokenizer: bool
+    tokenizer_of: ModelDescription | None
     template_of: ModelDescription | None
 
 
@@ -63,6 +65,23 @@ def damaged_tokenizer(compared: Comparison) -> Findings:
     if isinstance(found, ValueError):
         needed = compared.model is compared.donor or compared.with_tokenizer
         yield compared.finding(str(found), ERROR if needed else WARNING)
+
+
+@rule
+def leftover_quantization_config(compared: Comparison) -> Findings:
+    """Find a quantization_config beside weights that are not quantized."""
+    files = compared.model.files
+    if (
+        compared.model is compared.donor
+        and files.tensors
+        and files.quantized is None
+        and files.config.get("quantization_config")
+    ):
+        yield compared.finding(
+            f"config.json of {compared.model.name} has a quantization_config, but its weights are "
+            "not quantized: the merged model inherits it and cannot be loaded; remove it from "
+            "config.json"
+        )
 
 
 @rule
@@ -236,6 +255,23 @@ def unknown_tokens(compared: Comparison) -> Findings:
         yield compared.finding(message, WARNING)
 
 
+@rule
+def tokens_left_out(compared: Comparison) -> Findings:
+    """Find tokens of a model that the tokenizer which the config chooses does not have."""
+    chosen = compared.tokenizer_of
+    ours, theirs = compared.model.vocabulary, None if chosen is None else chosen.vocabulary
+    if chosen is None or ours is None or theirs is None or not theirs.ids:
+        return
+    left = [token for token in ours.ids if token not in theirs.ids]
+    if left:
+        message = (
+            f"{_number(left)} of {compared.model.name} ({_examples(map(repr, left))}) "
+            f"{_are(left)} not in the tokenizer of {chosen.name}, which tokenizer_source chooses; "
+            "tokenizer_source: union keeps them"
+        )
+        yield compared.finding(message, Severity.HINT)
+
+
 _SPECIAL_EFFECTS = {
     "bos_token": "texts may begin with a token that it was not trained with",
     "eos_token": "it may not stop where it should",
@@ -292,13 +328,18 @@ def lost_chat_template(compared: Comparison) -> Findings:
     yield compared.finding(message, WARNING)
 
 
-ALONE = (pickled_weights, damaged_tokenizer)  # on every model, including the donor
+ALONE = (
+    pickled_weights,
+    damaged_tokenizer,
+    leftover_quantization_config,
+)  # on every model, including the donor
 OF_ONE_ARCHITECTURE = (
     different_size,
     different_setting,
     different_tied_embeddings,
     moved_tokens,
     unknown_tokens,
+    tokens_left_out,
     different_special_token,
     lost_chat_template,
 )

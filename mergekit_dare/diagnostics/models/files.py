@@ -31,6 +31,7 @@ class ModelFiles:
 
     Attributes:
         problems: One sentence for each problem, with the file's name.
+        ambiguous: The sentence that says so, if mergekit reads other weights than transformers.
         quantized: The sentence that says so, if it is quantized.
         tensors: Those that are stored in safetensors, by name.
         config: The content of config.json, if there is one.
@@ -42,6 +43,7 @@ class ModelFiles:
     """
 
     problems: list[str] = field(default_factory=list)
+    ambiguous: str | None = None
     quantized: str | None = None
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -178,6 +180,12 @@ def _weight_files(folder: Path, found: ModelFiles) -> list[Path]:
             found.problems.append(f"{index} has no weight_map")
             return []
         names = dict.fromkeys(map(str, weight_map.values()))
+        if suffix == "safetensors" and whole.is_file() and whole.name not in names:
+            found.ambiguous = (
+                f"{cut(str(folder))} has two sets of weights: mergekit reads those that "
+                f"{index.name} lists, transformers reads {whole.name}; remove the one that is "
+                "out of date"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"

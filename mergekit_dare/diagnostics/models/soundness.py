@@ -48,6 +48,13 @@ def quantized_model(named: NamedModel) -> Findings:
 
 
 @rule
+def two_sets_of_weights(named: NamedModel) -> Findings:
+    """Find a folder with two sets of weights, of which mergekit and transformers read one each."""
+    if named.model.files.ambiguous is not None:
+        yield named.finding(named.model.files.ambiguous, Severity.WARNING)
+
+
+@rule
 def unusable_adapter(named: NamedModel) -> Findings:
     """Find an adapter that does not exist, or is not an adapter."""
     yield from map(named.finding, named.model.adapter_problems)
@@ -58,6 +65,8 @@ def name_looked_up_on_the_hub(named: NamedModel) -> Findings:
     """Find a folder that mergekit looks up on the hub after the merge, which needs a network."""
     reference = named.model.reference
     adapter = [] if reference.lora is None else [reference.lora.path]
+    if reference.model.path.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        return  # mergekit-pytorch writes no model card, so it asks nothing
     for name in filter(looks_like_a_hub_name, [reference.model.path, *adapter]):
         offline = constants.HF_HUB_OFFLINE
         message = (
@@ -67,4 +76,10 @@ def name_looked_up_on_the_hub(named: NamedModel) -> Findings:
         yield named.finding(message, Severity.WARNING if offline else Severity.HINT)
 
 
-RULES = (unusable_model, quantized_model, unusable_adapter, name_looked_up_on_the_hub)
+RULES = (
+    unusable_model,
+    quantized_model,
+    two_sets_of_weights,
+    unusable_adapter,
+    name_looked_up_on_the_hub,
+)

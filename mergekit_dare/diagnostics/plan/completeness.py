@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit import merge_methods
 from mergekit.common import ModelReference
+from mergekit.merge_methods import OptionalTensorPolicy
 
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
 from mergekit_dare.diagnostics.models import loading
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.files import examine
 from mergekit_dare.diagnostics.models.loading import Loading
-from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
+from mergekit_dare.diagnostics.plan.merge_plan import MergePlan, PlannedTensor
 from mergekit_dare.diagnostics.rules import Findings, rule
 from mergekit_dare.plugin.headers import StoredTensor
 
@@ -122,11 +124,23 @@ def donor_of(plan: MergePlan) -> ModelReference:
 def _merged(plan: MergePlan) -> dict[str, StoredTensor]:
     """Return the tensors of the merged model: those that at least one model has."""
     merged = {}
-    for tensor in plan.tensors:
+    for tensor in filter(_is_merged, plan.tensors):
         stored = next((found for found in tensor.inputs.values() if found is not None), None)
         if stored is not None:
             merged[tensor.task.output_weight.name] = stored
     return merged
+
+
+def _is_merged(tensor: PlannedTensor) -> bool:
+    """Tell whether mergekit does not skip a tensor: one that is optional, and not in the base."""
+    task = tensor.task
+    present = [model for model, stored in tensor.inputs.items() if stored is not None]
+    if len(present) == len(task.model_order) or not task.output_weight.optional:
+        return True
+    spec = merge_methods.get(task.method_name).spec
+    if spec.optional_tensor_policy != OptionalTensorPolicy.BASE_OR_SKIP:
+        return True
+    return len(present) >= spec.contract.min_inputs or present == [task.base_model]
 
 
 @rule
@@ -167,10 +181,39 @@ def left_out_tensor(plan: MergePlan) -> Findings:
             yield plan.finding(donor, message, Severity.HINT)
 
 
+# Settings that say whether a model has some of its tensors.
+_SWITCHES = ("attention_bias", "qkv_bias", "mlp_bias", "use_bias", "use_qk_norm", "bias")
+
+
+@rule
+def only_in_a_fine_tuned_model(plan: MergePlan) -> Findings:
+    """Find tensors that only a fine-tuned model has, so that they are not merged."""
+    donor = donor_of(plan)
+    of_donor = plan.models[donor]
+    for model in [] if plan.is_of_slices or not of_donor.files.tensors else plan.nodes:
+        described = plan.models[model]
+        left = [name for name in left_out(plan, model) if name not in of_donor.files.tensors]
+        if model == donor or not left:
+            continue
+        ours, theirs = described.settings, of_donor.settings
+        switches = [
+            f"{key} is {ours[key]} in its config.json, {theirs.get(key)} in that of {donor}"
+            for key in _SWITCHES
+            if key in ours and ours[key] != theirs.get(key)
+        ]
+        because = f" ({'; '.join(switches)})" if switches else ""
+        message = (
+            f"the merged model will not have {in_words(left, described.files.tensors)}, which only "
+            f"{model} has, and not {donor}{because}"
+        )
+        yield plan.finding(model, message, Severity.WARNING)
+
+
 def left_out(plan: MergePlan, model: ModelReference) -> list[str]:
     """Return the names of a model's tensors that no output is made of, but buffers."""
     files = plan.models[model].files
-    used = {name for tensor in plan.tensors for name in tensor.used.get(model, ())}
+    merged = filter(_is_merged, plan.tensors)
+    used = {name for tensor in merged for name in tensor.used.get(model, ())}
     # A tied pair is stored once or twice; the plan takes the one.
     left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
     if files.config.get("tie_word_embeddings"):
@@ -191,7 +234,7 @@ def in_words(lost: Iterable[str], parameters: Iterable[str]) -> str:
         _group_in_words(pattern, parts, parts[0] in parameters) for pattern, parts in groups.items()
     ]
     if len(texts) > MOST_PARTS:
-        texts[MOST_PARTS:] = [f"{len(texts) - MOST_PARTS} more parts"]
+        texts[MOST_PARTS:] = [f"{len(texts) - MOST_PARTS} more of its parts"]
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
@@ -243,4 +286,4 @@ def are(names: list[str]) -> str:
     return "are" if len(names) > 1 else "is"
 
 
-RULES = (lost_weights, left_out_tensor)
+RULES = (lost_weights, left_out_tensor, only_in_a_fine_tuned_model)

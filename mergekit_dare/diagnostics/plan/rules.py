@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shutil
@@ -16,6 +17,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dare.diagnostics.config.nodes import get
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
+from mergekit_dare.diagnostics.models.loading import DTYPES
 from mergekit_dare.diagnostics.plan import completeness, tasks
 from mergekit_dare.diagnostics.plan.completeness import (
     BY_NAME,
@@ -27,6 +29,7 @@ from mergekit_dare.diagnostics.plan.completeness import (
 )
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
+from mergekit_dare.kernel.formula import dtype_name
 
 
 @rule
@@ -159,6 +162,53 @@ def different_shape(plan: MergePlan) -> Findings:
 
 
 @rule
+def tokens_without_rows(plan: MergePlan) -> Findings:
+    """Find tokens of the merged model's tokenizer for which its embeddings have no row."""
+    donor = donor_of(plan)
+    vocabulary = plan.models[donor].vocabulary
+    if vocabulary is None or plan.config.tokenizer or plan.config.tokenizer_source:
+        return  # with these, mergekit makes a row for each token
+    for tensor in plan.tensors:
+        axis, stored = tensor.task.output_weight.vocabulary_axis, tensor.inputs.get(donor)
+        if axis is None or stored is None or axis >= len(stored.shape):
+            continue
+        rows = stored.shape[axis]
+        beyond = [token for token, number in vocabulary.ids.items() if number >= rows]
+        if beyond:
+            message = (
+                f"the tokenizer of {donor} has {len(beyond)} token{'s' if beyond[1:] else ''} "
+                f"({cut(', '.join(map(repr, beyond[:3])))}) beyond the {rows} rows of its "
+                f"embeddings ({tensor.task.output_weight.name}): using them with the merged model "
+                "fails; set tokenizer_source: base, which makes a row for each"
+            )
+            yield plan.finding(donor, message, Severity.WARNING)
+        return
+
+
+@rule
+def mixed_dtypes(plan: MergePlan) -> Findings:
+    """Find models whose dtypes differ, without a dtype in the config: the result is wider."""
+    if plan.config.dtype or plan.config.out_dtype:
+        return
+    donor = donor_of(plan)
+    for tensor in plan.tensors:
+        stored = {m: DTYPES[s.dtype] for m, s in tensor.inputs.items() if s and s.dtype in DTYPES}
+        own = stored.get(donor)
+        result = functools.reduce(torch.promote_types, stored.values()) if stored else own
+        if own is None or not own.is_floating_point or result == own:
+            continue
+        model = next(model for model, dtype in stored.items() if dtype != own)
+        names = [dtype_name(dtype) for dtype in (own, stored[model], result) if dtype is not None]
+        message = (
+            f"the weights of {donor} are in {names[0]} and those of {model} in {names[1]}: without "
+            f"a dtype, mergekit writes {names[2]} beside a config.json that says {names[0]}; set "
+            f"dtype: {names[0]}"
+        )
+        yield plan.finding(model, message, Severity.WARNING)
+        return
+
+
+@rule
 def weights_on_the_hub(plan: MergePlan) -> Findings:
     """Find weights that the merge first fetches from the hub."""
     if fetches := _fetched(plan):
@@ -219,6 +269,8 @@ OF_A_PLAN = (
     refused_tokenizer,
     missing_tensor,
     different_shape,
+    tokens_without_rows,
+    mixed_dtypes,
     weights_on_the_hub,
     full_disk,
 )

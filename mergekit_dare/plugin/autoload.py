@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 HOST_MODULE = "mergekit.merge_methods"
 SWITCH = "MERGEKIT_DARE"
+
+_seen: "ModuleType | None" = None  # the last host module with which we register or have done so
 
 
 def is_switched_off() -> bool:
@@ -36,16 +39,11 @@ def install() -> None:
         return
     if not any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _HostFinder())
-    host = sys.modules.get(HOST_MODULE)
-    if host is not None and not _is_executing(host):
-        _register()
+    _catch_up()
 
 
 class _HostFinder:
-    """A finder for ``mergekit.merge_methods`` alone, which sees every execution of it."""
-
-    def __init__(self) -> None:
-        self._seen: ModuleType | None = None
+    """A finder for ``mergekit.merge_methods`` alone, whose loader registers."""
 
     def find_spec(
         self,
@@ -53,82 +51,47 @@ class _HostFinder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        """Return the spec that the other finders find, with registration after its execution."""
-        try:
-            if sys.meta_path[0] is not self:  # another hook would answer before this one
-                self._move_to_front()
-            host = sys.modules.get(HOST_MODULE)
-            if host is None:
-                self._seen = None
-            elif host is not self._seen:
-                self._catch_up(host)
-        except Exception as error:
-            _warn(f"{type(error).__name__}: {error}")
+        """Return the spec that Python itself finds, with registration after its execution."""
         if fullname != HOST_MODULE:
+            _catch_up()
             return None
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                self._follow(spec)
-                return spec
-        return None
+        from importlib.machinery import PathFinder
 
-    def _move_to_front(self) -> None:
-        if self in sys.meta_path:  # else somebody has taken it out, on purpose
-            sys.meta_path.remove(self)
-            sys.meta_path.insert(0, self)
-
-    def _catch_up(self, host: "ModuleType") -> None:
-        """Register with a module that another finder has found, and that this one did not see."""
-        self._seen = host
-        spec = host.__spec__
-        if spec is None or not _is_executing(host):
-            _register()
-            return
-
-        # It is being executed now. Python says so in the spec, and takes that back at the end.
-        kind = type(spec)
-
-        class Followed(kind):  # type: ignore[misc, valid-type]
-            @property
-            def _initializing(self) -> bool:
-                return True
-
-            @_initializing.setter
-            def _initializing(self, executing: bool) -> None:
-                self.__class__ = kind  # type: ignore[assignment]
-                self._initializing = executing
-                if not executing and sys.modules.get(HOST_MODULE) is host:  # else it failed
-                    _register()
-
-        del spec._initializing  # type: ignore[attr-defined]
-        spec.__class__ = Followed
-
-    def _follow(self, spec: "ModuleSpec") -> None:
-        """Register after the execution of the module that is loaded from ``spec``."""
-        loader = spec.loader
-        if loader is None:
-            return
-        exec_module = loader.exec_module
-
-        def exec_module_and_register(module: "ModuleType") -> None:
-            vars(loader).pop("exec_module", None)
-            if module.__name__ != HOST_MODULE:  # a loader of many modules
-                exec_module(module)
-                return
-            self._seen = module
-            exec_module(module)
-            _register()
-
-        try:
-            loader.exec_module = exec_module_and_register  # type: ignore[method-assign]
-        except AttributeError:  # a loader without attributes of its own
-            _warn(f"{type(loader).__name__} cannot be followed; call mergekit_dare.register()")
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _HostLoader(spec.loader)  # type: ignore[assignment]
+        return spec
 
 
-def _is_executing(module: "ModuleType") -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+class _HostLoader:
+    """A loader that registers after another one has executed the module."""
+
+    def __init__(self, loader: "Any") -> None:
+        self._loader = loader
+
+    def exec_module(self, module: "Any") -> None:
+        global _seen
+        _seen = module
+        module.__loader__ = module.__spec__.loader = self._loader  # the module is as without us
+        self._loader.exec_module(module)
+        _register()
+
+    def __getattr__(self, name: str) -> "Any":
+        return getattr(self._loader, name)
+
+
+def _catch_up() -> None:
+    """Register with a host module that another finder has found, at the next import after it.
+
+    Needed under the hooks of typeguard, jaxtyping and slipcover: asked before ours, they answer.
+    """
+    global _seen
+    host = sys.modules.get(HOST_MODULE)
+    if host is _seen or type(host) is not type(sys):  # a look at a lazy module would load it
+        return
+    if not getattr(getattr(host, "__spec__", None), "_initializing", True):
+        _seen = host
+        _register()
 
 
 def _register() -> None:
@@ -137,12 +100,10 @@ def _register() -> None:
 
         mergekit_dare.register()
     except Exception as error:  # mergekit's own methods must keep working, whatever we did
-        _warn(f"{type(error).__name__}: {error}")
+        import logging
 
-
-def _warn(reason: str) -> None:
-    import logging
-
-    logging.getLogger("mergekit_dare").warning(
-        "mergekit-dare is not active, mergekit's own DARE methods stay in place: %s", reason
-    )
+        logging.getLogger("mergekit_dare").warning(
+            "mergekit-dare is not active, mergekit's own DARE methods stay in place: %s: %s",
+            type(error).__name__,
+            error,
+        )

@@ -130,11 +130,13 @@ def loss(model: LlamaForCausalLM, held_out: torch.Tensor) -> float:
 def main() -> None:
     """Train what is not there yet, and print each model's loss on each text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="train again what is there already")
+    parser.add_argument(
+        "--force", action="store_true", help="train again even if the models already exist"
+    )
     if parser.parse_args().force:
         shutil.rmtree(FOLDER, ignore_errors=True)
     if (FOLDER / "arithmetic").exists():
-        print(f"The models are there already: {FOLDER}")
+        print(f"The models already exist: {FOLDER}")
         return
 
     torch.manual_seed(SEED)

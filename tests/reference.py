@@ -80,7 +80,7 @@ def thresholds_by_magnitude(delta: Tensor, wide: torch.dtype, scale: float | Non
 def round_stochastically(
     value: Fraction, lane: int, dtype: torch.dtype, *, as_carry: bool
 ) -> Fraction:
-    """The neighbour of ``value`` that the lane chooses, in exact arithmetic.
+    """The neighbor of ``value`` that the lane chooses, in exact arithmetic.
 
     ``as_carry``: away from 0, where the lane added to the lost bits carries.
     """

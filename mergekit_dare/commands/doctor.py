@@ -13,9 +13,9 @@ from mergekit_dare.diagnostics.installation import examine
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(as_json: bool) -> None:
-    """See whether the plugin is active, and what mends it if it is not.
+    """Check whether the plugin is active and, if not, how to fix it.
 
-    Exit code 0: it is; 1: something is off.
+    Exit code 0: everything is ok; 1: something is off.
     """
     lines = examine()
     if as_json:

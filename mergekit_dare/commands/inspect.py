@@ -15,9 +15,9 @@ from mergekit_dare.diagnostics.findings import reason
 @click.command("inspect", cls=PrettyPrintHelp)
 @click.argument("config")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--plot", "png", metavar="FILE.png", help="Draw deltas and noise; needs matplotlib.")
-@click.option("--name", help="Which config of a file for mergekit-multi.")
-@click.option("--full", is_flag=True, help="Read every weight, not an excerpt of each tensor.")
+@click.option("--plot", "png", metavar="FILE.png", help="Plot deltas and noise; needs matplotlib.")
+@click.option("--name", help="Name of the config in a file for mergekit-multi.")
+@click.option("--full", is_flag=True, help="Read all weights, not an excerpt of each tensor.")
 @add_merge_options
 def command(
     config: str,
@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """Measure the deltas of the models of CONFIG and say whether DARE suits them.
 
-    Under 2 % of a large model is read, evenly spread over each tensor; nothing is merged. Exit code
-    0: done; 2: the config or a model cannot be used.
+    Less than 2% of a large model is read, evenly spread over each tensor; nothing is merged. Exit
+    code 0: done; 2: the config or a model cannot be used.
     """
     if png is not None:
         inspect_plot.check_plot(png)
@@ -42,5 +42,5 @@ def command(
     if png is not None:
         try:
             inspect_plot.plot(report, png)
-        except Exception as error:  # the report is out, whatever becomes of the picture
+        except Exception as error:  # the report has been printed all the same
             raise OSError(f"{png} could not be drawn: {reason(error)}") from error

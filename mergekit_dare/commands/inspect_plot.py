@@ -22,7 +22,7 @@ def check_plot(path: str) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError: the folder is not there, or cannot be written to.
+        OSError: the folder does not exist, or cannot be written to.
 
     """
     try:
@@ -35,7 +35,7 @@ def check_plot(path: str) -> None:
 
 
 def plot(report: Report, path: str) -> None:
-    """Draw the models' deltas and DARE's noise against density into a PNG file."""
+    """Plot the models' deltas, and DARE's noise against density, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -77,7 +77,7 @@ def plot(report: Report, path: str) -> None:
         xscale="log",
         yscale="log",
         xlabel="density (dots: the config's; dashed: sampling by magnitude)",
-        ylabel="noise, relative to the base's norm",
+        ylabel="noise, relative to the base model's norm",
     )
     right.set_title("Noise that DARE adds", pad=18)
     right.grid(alpha=0.3)
@@ -102,7 +102,7 @@ def noise_curve(
 ) -> tuple[list[float], list[float]]:
     """Return densities from 0.01 to 0.95 and the relative norm of DARE's noise at each.
 
-    By magnitude, as if all deltas were one tensor's.
+    For sampling by magnitude, as if all deltas were those of one tensor.
     """
     densities = torch.logspace(-2, math.log10(0.95), 50, dtype=torch.float64).tolist()
     if sampling is Sampling.UNIFORM or not statistics.square_sum:

@@ -13,7 +13,7 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return everything that was found, as JSON takes it."""
+    """Return everything that was found, as values for JSON."""
     verdicts = report.verdicts()
     models = {}
     for name, model in report.models.items():
@@ -68,7 +68,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
+    """Replace NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -86,19 +86,20 @@ def as_text(report: Report) -> str:
         if pair.both:
             lines.append(
                 f"{first} and {second}: cosine {pair.cosine:.3f}, opposite signs in "
-                f"{pair.conflict_share:.1%} of what both change"
+                f"{pair.conflict_share:.1%} of the elements that both change"
             )
     change = report.change
     if change is not None and change.survives is not None:
         lines += [
             "",
             (
-                f"Merged, and rounded to {change.dtype}: {change.survives:.0%} of the expected "
-                f"change; stochastic rounding adds noise of {change.stochastic_noise:.2g} of it"
+                f"Merged and rounded to {change.dtype}: {change.survives:.0%} of the expected "
+                "change; stochastic rounding would add noise of "
+                f"{change.stochastic_noise:.2g} times its norm"
             ),
         ]
     if advice := report.advice():
-        lines += ["", *(f"Try this: {sentence}" for sentence in advice)]
+        lines += ["", *(f"Advice: {sentence}" for sentence in advice)]
     if report.left_out:
         lines += ["", "Not compared:"]
         lines += [
@@ -110,9 +111,9 @@ def as_text(report: Report) -> str:
 def _of_excerpts(report: Report) -> str:
     error = max((model.error() for model in report.models.values()), default=0.0)
     return (
-        f"From a sample: {report.share_read:.2%} of the bytes, evenly spread, the same in every "
-        f"run.\nIts two halves differ by {max(error, 0.001):.1%} at most in the 99 % quantile and "
-        "the relative norm; ranges are what was seen. All of it: --full"
+        f"From a sample of {report.share_read:.2%} of the bytes, evenly spread and the same in "
+        f"every run.\nIts two halves differ by at most {max(error, 0.001):.1%} in the 99% quantile "
+        "and the relative norm; ranges are those of the sample. To read everything: --full"
     )
 
 
@@ -129,15 +130,16 @@ def _model_lines(model: ModelReport, verdict: Verdict) -> list[str]:
     shown = " to ".join(f"{d:g}" for d in dict.fromkeys((densities[0], densities[-1])))
     lines += [
         f"  range          {total.smallest:.3g} to {total.largest:.3g}",
-        f"  |delta|        mean {total.mean_magnitude:.2g}; within: {quantiles}",
+        f"  |delta|        mean {total.mean_magnitude:.2g}; quantiles: {quantiles}",
         (
             f"  shares         exactly 0: {total.zero_share:.2%}; above {SMALL}: "
             f"{total.share_above(SMALL):.2%}; above {LARGE}: {total.share_above(LARGE):.2%}"
         ),
-        f"  relative norm  {total.relative_norm:.3g} of the base",
+        f"  relative norm  {total.relative_norm:.3g} of the base model's norm",
         (
-            f"  DARE's noise   {model.relative_noise():.3g} of the base, by magnitude "
-            f"{model.relative_noise(Sampling.MAGNITUDE):.3g}, at density {shown}"
+            f"  DARE's noise   {model.relative_noise():.3g} of the base model's norm, "
+            f"{model.relative_noise(Sampling.MAGNITUDE):.3g} with sampling by magnitude, "
+            f"at density {shown}"
         ),
         "  standing out   "
         + "\n                 ".join(

@@ -21,10 +21,12 @@ from mergekit_dare.diagnostics.findings import Severity
     "--method",
     type=click.Choice(["dare_linear", "dare_ties"]),
     default="dare_ties",
-    help="With sign election (the default), or a plain sum.",
+    help="dare_ties elects signs (the default); dare_linear only adds the deltas.",
 )
-@click.option("-o", "--output", metavar="FILE.yml", help="Write it there, not to stdout.")
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option(
+    "-o", "--output", metavar="FILE.yml", help="Write the config to this file, not to stdout."
+)
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @add_merge_options
 def command(
     base: str,
@@ -34,13 +36,13 @@ def command(
     force: bool,
     merge_options: MergeOptions,
 ) -> None:
-    """Write a config to start from, that merges MODELS, which were fine-tuned from BASE.
+    """Write a config to start from that merges MODELS, which were fine-tuned from BASE.
 
-    It looks at the models as check --files and inspect do, and says behind each value why it is so.
-    Exit code 0: done; 1: the models cannot be merged; 2: something cannot be read or written.
+    The models are examined as by check --files and inspect, and a comment gives the reason for each
+    value. Exit code 0: done; 1: the models cannot be merged; 2: a file cannot be read or written.
     """
     if output is not None and os.path.lexists(output) and not force:
-        raise FileExistsError(f"{output} is there already; --force writes over it")
+        raise FileExistsError(f"{output} already exists; use --force to overwrite it")
     made = suggestion.suggest(base, models, method, merge_options)
     for finding in made.findings:
         if finding.severity is not Severity.HINT or not made.text:
@@ -57,7 +59,7 @@ def command(
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file in one step: it is the old one or the new one, never a part."""
+    """Write a file in one step: it is the old one or the new one, never a partial one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -17,26 +17,30 @@ class _Share(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Take ``5%`` and ``0.05``."""
+        """Accept ``5%`` and ``0.05``."""
         text = str(value)
         try:
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
             share = 0.0
         if not 0 < share <= 1:
-            self.fail(f"{text} is no share: give 5% or 0.05", param, ctx)
+            self.fail(f"{text} is not a valid share; give 5% or 0.05", param, ctx)
         return share
 
 
 @click.command("verify", cls=PrettyPrintHelp)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--config", type=click.Path(path_type=Path), help="In place of the one beside it.")
-@click.option("--name", help="Which config of a file for mergekit-multi.")
-@click.option("--sample", type=_Share(), default=1.0, help="Compare a share of the tensors: 5%.")
-@click.option("--tensors", default="*", help="Compare those whose names match: '*.mlp.*'.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Config to use instead of the one beside OUT."
+)
+@click.option("--name", help="Name of the config in a file for mergekit-multi.")
+@click.option("--sample", type=_Share(), default=1.0, help="Share of the tensors to compare: 5%.")
+@click.option("--tensors", default="*", help="Compare tensors whose names match: '*.mlp.*'.")
 @click.option("--inputs", is_flag=True, help="Print the sha256 of each input file, as YAML.")
 @click.option(
-    "--inputs-from", type=click.Path(path_type=Path), help="First compare the inputs with those."
+    "--inputs-from",
+    type=click.Path(path_type=Path),
+    help="First compare the inputs with this record of --inputs.",
 )
 @add_merge_options
 def command(
@@ -49,9 +53,9 @@ def command(
     inputs_from: Path | None,
     merge_options: MergeOptions,
 ) -> None:
-    """Merge again what OUT was merged from, and compare the bytes; nothing is written.
+    """Repeat the merge that made OUT and compare the bytes; nothing is written.
 
-    Exit code 0: the same to the byte; 1: not; 2: it cannot be told.
+    Exit code 0: identical to the byte; 1: different; 2: it cannot be verified.
     """
     path = config or (out if out.is_dir() else out.parent) / verification.CONFIG_FILE
     if inputs:

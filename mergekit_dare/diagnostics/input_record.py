@@ -1,4 +1,4 @@
-"""What a merge was made of: the sha256 of each file of weights that it read."""
+"""What a merge was made from: the sha256 of each weight file that it read."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 import mergekit_dare
-from mergekit_dare.diagnostics.verification import CannotTellError, choose_config
+from mergekit_dare.diagnostics.verification import CannotVerifyError, choose_config
 
 
 def input_files(config: Path, options: MergeOptions, name: str | None = None) -> str:
-    """Return the sha256 of each file that a merge reads, as YAML that can stand beside the config.
+    """Return the sha256 of each file that a merge reads, as YAML to keep beside the config.
 
     Raises:
-        CannotTellError: a model is not there.
+        CannotVerifyError: a model does not exist.
 
     """
     document = choose_config(config, name)
     models: dict[str, dict[str, Any]] = {}
     for model in document.configuration().referenced_models():
         models[str(model)] = _files_of(model, options)
-    header = f"# What a merge was made of, by mergekit-dare {mergekit_dare.__version__}.\n"
+    header = (
+        f"# What a merge was made from, recorded by mergekit-dare {mergekit_dare.__version__}.\n"
+    )
     return header + str(yaml.safe_dump({"inputs": models}, sort_keys=True))
 
 
@@ -39,11 +41,11 @@ def _files_of(model: ModelReference, options: MergeOptions) -> dict[str, Any]:
         if not folder.exists():
             reference = ModelReference.model_validate({"model": {"path": path}})
             folder = Path(reference.local_path(cache_dir=options.transformers_cache))
-            found["revision"] = folder.name  # of the hub's snapshot
+            found["revision"] = folder.name  # of the snapshot from the hub
         files = [folder] if folder.is_file() else sorted(folder.iterdir())
         weights = [f for f in files if f.suffix in (".safetensors", ".bin") and f.is_file()]
         if not weights:
-            raise CannotTellError(f"model {model} has no weights in {folder}")
+            raise CannotVerifyError(f"model {model} has no weights in {folder}")
         found[key] = {file.name: _sha256(file) for file in weights}
     return found
 
@@ -57,17 +59,17 @@ def _sha256(file: Path) -> str:
 
 
 def changed_inputs(record: Path, config: Path, options: MergeOptions) -> list[str]:
-    """Return what is not as it was recorded by :func:`input_files`.
+    """Return what differs from a record of :func:`input_files`, one sentence each.
 
     Raises:
-        CannotTellError: the record cannot be read.
+        CannotVerifyError: the record cannot be read.
 
     """
     try:
         before = yaml.safe_load(record.read_text(encoding="utf-8"))["inputs"]
         now = yaml.safe_load(input_files(config, options))["inputs"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise CannotTellError(f"{record} is no record of inputs: {error}") from error
+        raise CannotVerifyError(f"{record} is not a record of inputs: {error}") from error
     found = []
     for model in sorted(before.keys() | now.keys()):
         if model not in before or model not in now:

@@ -1,4 +1,4 @@
-"""Is the plugin active here, and for ``mergekit-yaml``? If not, why, and what mends it."""
+"""Whether the plugin is active here and for ``mergekit-yaml``; if not, why, and how to fix it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergekit_dare import __version__
 from mergekit_dare.plugin import autoload, registration
 
 STARTUP_FILE = "mergekit_dare.pth"
-# Printed by the interpreter that is asked: each method's name and the module that it comes from.
+# The interpreter that is asked prints each method's name and the module that it comes from.
 _MARK = "mergekit-dare doctor:"
 _PROBE = (
     "import mergekit.merge_methods as m; "
@@ -33,9 +33,9 @@ class Line:
     """One line of the report.
 
     Attributes:
-        name: What was looked at.
+        name: What was examined.
         found: What was found.
-        remedy: The sentence that mends it, or ``None`` if it is as it should be.
+        remedy: How to fix it, in one sentence; ``None`` if it is as it should be.
 
     """
 
@@ -45,7 +45,7 @@ class Line:
 
 
 def examine() -> list[Line]:
-    """Look at this interpreter and at the ``mergekit-yaml`` of the PATH."""
+    """Examine this interpreter and the ``mergekit-yaml`` on the PATH."""
     return [
         Line("mergekit-dare", f"{__version__} in {Path(mergekit_dare.__file__).parent}"),
         Line("Python", f"{platform.python_version()} ({sys.executable})"),
@@ -75,31 +75,31 @@ def _mergekit() -> Line:
 
 
 def _numba() -> Line:
-    """Tell whether Numba compiles what merges on a CPU."""
+    """Tell whether Numba compiles the loops that merge on a CPU."""
     name = "Numba"
     try:
         from mergekit_dare.kernel import compiling, loops  # noqa: F401
     except ImportError as error:
         return Line(
-            name, "not used, so merges on a CPU take twenty times as long and more", f"{error}."
+            name, "not used, so merges on a CPU take at least twenty times as long", f"{error}."
         )
     folder = compiling.cache_folder()
     if folder is None:
-        remedy = "Let NUMBA_CACHE_DIR name a folder that can be written to."
-        return Line(name, f"{version('numba')}, which compiles anew in each process", remedy)
-    return Line(name, f"{version('numba')}, which keeps what it compiles in {folder}")
+        remedy = "Set NUMBA_CACHE_DIR to a folder that can be written to."
+        return Line(name, f"{version('numba')}, which compiles again in each process", remedy)
+    return Line(name, f"{version('numba')}, which keeps compiled code in {folder}")
 
 
 def _switch() -> Line:
     value = os.environ.get(autoload.SWITCH)
     if autoload.is_switched_off():
-        remedy = f"Take {autoload.SWITCH} out of the environment: it switches the plugin off."
+        remedy = f"Unset {autoload.SWITCH} in the environment: it switches the plugin off."
         return Line(autoload.SWITCH, str(value), remedy)
     return Line(autoload.SWITCH, "not set" if value is None else value)
 
 
 def _startup_file() -> Line:
-    """Find the file by the package's own list: site-packages may be anywhere."""
+    """Find the file in the package's own list of files: site-packages may be anywhere."""
     name = "start-up file"
     remedy = "Install with pip; or use: python -m mergekit_dare yaml CONFIG OUT"
     try:
@@ -124,13 +124,13 @@ def _site_folders() -> set[Path]:
 
 
 def _active() -> Line:
-    """Ask a fresh process, since this one may have registered our methods by itself."""
+    """Ask a new process, since this one may have registered our methods itself."""
     asked = _ask([sys.executable, "-c", _PROBE])
-    return _answer("this interpreter", asked, "Mend the lines above.")
+    return _answer("this interpreter", asked, "Fix the problems above.")
 
 
 def _command() -> Line:
-    """Ask the interpreter that runs the ``mergekit-yaml`` of the PATH, or the one beside ours."""
+    """Ask the interpreter of the ``mergekit-yaml`` on the PATH, or of the one beside ours."""
     name = "mergekit-yaml"
     found = shutil.which(name)
     beside = shutil.which(name, path=str(Path(sys.executable).parent))
@@ -141,15 +141,15 @@ def _command() -> Line:
     remedy = "Install mergekit-dare into the environment of that command."
     line = _answer(f"{name} ({script})", _ask_command(script), remedy)
     if found is None:
-        return Line(line.name, f"{line.found} (not on the PATH: call it so)", line.remedy)
+        return Line(line.name, f"{line.found} (not on the PATH; call it by this path)", line.remedy)
     return line
 
 
 def _ask_command(script: str) -> subprocess.CompletedProcess[str] | str:
-    """Run a command up to the point at which its Python has started, whatever starts it.
+    """Run a command until its Python has started, whatever starts it.
 
-    Shells, trampolines and shims come in too many kinds to be read. Each of them starts Python, and
-    Python imports ``sitecustomize`` right after the start-up files: one of ours, which answers.
+    There are too many kinds of shell scripts, trampolines and shims to parse. Each starts Python,
+    which imports ``sitecustomize`` right after the start-up files: one of ours, which answers.
     """
     with tempfile.TemporaryDirectory() as folder:
         program = f"import os\ntry:\n    {_PROBE}\nfinally:\n    os._exit(0)\n"
@@ -158,7 +158,7 @@ def _ask_command(script: str) -> subprocess.CompletedProcess[str] | str:
     if not isinstance(asked, str) and _MARK not in asked.stdout:
         with open(script, "rb") as opened:
             first = opened.readline().decode(errors="replace").strip()
-        # pipx tells Python in the script's first line not to look at the environment.
+        # In the script's first line, pipx tells Python to ignore the environment.
         python = first.removeprefix("#!").split() if first.startswith("#!") else []
         if python and Path(python[0]).name.startswith("python"):
             return _ask([*python, "-c", _PROBE])
@@ -166,7 +166,7 @@ def _ask_command(script: str) -> subprocess.CompletedProcess[str] | str:
 
 
 def _ask(command: list[str], **variables: str) -> subprocess.CompletedProcess[str] | str:
-    """Run a command in a folder without modules; return why, if it cannot be run."""
+    """Run a command in a folder without modules; if it cannot be run, return the reason."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return subprocess.run(
@@ -185,7 +185,7 @@ def _ask(command: list[str], **variables: str) -> subprocess.CompletedProcess[st
 
 def _answer(name: str, asked: subprocess.CompletedProcess[str] | str, remedy: str) -> Line:
     if isinstance(asked, str):
-        return Line(name, f"cannot be asked: {asked}", "See why it does not run.")
+        return Line(name, f"cannot be run: {asked}", "Find out why it does not run.")
     answers = [line for line in asked.stdout.splitlines() if line.startswith(_MARK)]
     if not answers:
         last = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -193,5 +193,5 @@ def _answer(name: str, asked: subprocess.CompletedProcess[str] | str, remedy: st
     methods = dict(word.split("=", 1) for word in answers[-1].removeprefix(_MARK).split())
     theirs = [n for n in registration.OURS if not methods.get(n, "").startswith("mergekit_dare")]
     if theirs:
-        return Line(name, f"{' and '.join(theirs)}: mergekit's own", remedy)
-    return Line(name, f"{' and '.join(registration.OURS)}: ours")
+        return Line(name, f"{' and '.join(theirs)} from mergekit itself", remedy)
+    return Line(name, f"{' and '.join(registration.OURS)} from mergekit-dare")

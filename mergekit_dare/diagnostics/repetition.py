@@ -26,8 +26,8 @@ def merge_again(
     Args:
         save: The tensor and its task.
         kept: What is kept from one tensor to the next: the tokenizer.
-        options: mergekit's own; of use is ``device``.
-        changes: Shared parameters in place of the config's.
+        options: mergekit's own; only ``device`` is used.
+        changes: Shared parameters that replace the config's.
 
     """
     task = save.tensor_task
@@ -46,9 +46,9 @@ def merge_again(
 
 
 def what_it_is(save: SaveTensor, stored: Tensor, options: MergeOptions) -> str | None:
-    """Say what a stored tensor is in place of the merge; ``None`` if that cannot be told.
+    """Say what a stored tensor is instead of the merge; ``None`` if that cannot be told.
 
-    Nothing is guessed: what is said was merged or read again, and is the same to the byte.
+    Nothing is guessed: the tensor it names was merged or read again, and is identical to the byte.
     """
     task = save.tensor_task
     assert isinstance(task, ExecuteMergeMethodTask)
@@ -61,7 +61,7 @@ def what_it_is(save: SaveTensor, stored: Tensor, options: MergeOptions) -> str |
     for what, attempt in _attempts(save, options):
         try:
             merged = attempt()
-        except Exception:  # an attempt that makes no sense for this merge
+        except Exception:  # this attempt makes no sense for this merge
             continue
         if merged is not None and is_same(merged.to(stored.dtype), stored):
             return what
@@ -71,7 +71,7 @@ def what_it_is(save: SaveTensor, stored: Tensor, options: MergeOptions) -> str |
 def _attempts(
     save: SaveTensor, options: MergeOptions
 ) -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
-    """Yield other merges, in words and to be called."""
+    """Yield other merges, each in words and as a function."""
     task = save.tensor_task
     assert isinstance(task, ExecuteMergeMethodTask)
     shared = dict(task.parameters.items())
@@ -81,10 +81,10 @@ def _attempts(
     changes += [("rounding", rounding.value) for rounding in Rounding]
     for name, value in dict.fromkeys(changes):
         if name in shared and shared[name] != value:
-            what = f"as merged with {name}: {value}, where the config has {shared[name]}"
+            what = f"the merge with {name}: {value}, but the config has {shared[name]}"
             yield what, partial(merge_again, save, {}, options, **{name: value})
     for dtype in ("float32", "bfloat16", "float16"):
-        what = f"as merged from {dtype} inputs and rounded afterwards (dtype, out_dtype)"
+        what = f"the merge of {dtype} inputs, rounded afterwards (dtype, out_dtype)"
         yield what, partial(_merge_from, dtype, save, options)
 
 
@@ -93,7 +93,7 @@ def _merge_from(dtype: str, save: SaveTensor, options: MergeOptions) -> Tensor |
 
 
 def _with_dtype(save: SaveTensor, dtype: str) -> SaveTensor:
-    """Return the same save with inputs that are converted to another dtype when they are read."""
+    """Return the same save, with inputs that are converted to a dtype when they are read."""
     task = save.tensor_task
     assert isinstance(task, ExecuteMergeMethodTask)
     gather = tasks.gathered(task).model_copy(update={"dtype": dtype})
@@ -106,7 +106,7 @@ def _with_dtype(save: SaveTensor, dtype: str) -> SaveTensor:
 
 
 def is_same(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors are the same to the byte."""
+    """Tell whether two tensors are identical to the byte."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return bool(torch.equal(bits(first), bits(second)))

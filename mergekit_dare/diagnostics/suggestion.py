@@ -21,13 +21,13 @@ from mergekit_dare.diagnostics.models.compatibility import helpful_settings
 from mergekit_dare.diagnostics.models.files import looks_like_a_hub_name
 
 SEED = 42
-# What is written where nothing was measured.
+# Written where nothing was measured.
 UNKNOWN_DENSITY = 0.5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value, and the reason that stands behind it as a comment."""
+    """A value, and the reason for it, which becomes a comment."""
 
     value: object
     reason: str
@@ -39,7 +39,7 @@ class Suggestion:
 
     Attributes:
         text: The config; empty if the models cannot be merged.
-        findings: What ``check --files`` says of the models.
+        findings: What ``check --files`` finds in the models.
 
     """
 
@@ -50,7 +50,7 @@ class Suggestion:
 def suggest(
     base: str, models: Sequence[str], method: str, options: MergeOptions | None = None
 ) -> Suggestion:
-    """Look at models and suggest how to merge them.
+    """Examine models and suggest how to merge them.
 
     Args:
         base: The base model, as a config names it.
@@ -82,14 +82,14 @@ def _parse(text: str) -> Document:
 
 
 def _shared_settings(draft: Examination) -> dict[str, Setting]:
-    """Return what the models need beside weights and densities."""
+    """Return the settings that the models need besides weights and densities."""
     try:
         comparisons = draft.comparisons
-    except Exception:  # mergekit refuses the config: check says why
+    except Exception:  # mergekit refuses the config: check reports why
         return {}
     shared: dict[str, Setting] = {}
     if (dtype := _dtype(draft)) is not None:
-        shared["dtype"] = Setting(dtype, "as the models are stored")
+        shared["dtype"] = Setting(dtype, "as the base model is stored")
     words = {"tokenizer_source": "union", "chat_template": "auto"}
     for key, reason in helpful_settings(comparisons).items():
         shared[key] = Setting(words[key], reason)
@@ -105,9 +105,9 @@ def _dtype(draft: Examination) -> str | None:
 
 
 def _densities(examination: Examination, models: Sequence[str]) -> list[Setting]:
-    """Measure excerpts of the deltas, and say what density suits each model."""
+    """Measure excerpts of the deltas, and return the density that suits each model."""
     if any(named.model.files.download for named in examination.named_models):
-        reason = "not measured, as its weights are not on this machine: see mergekit-dare inspect"
+        reason = "not measured, as weights are not on this machine: see mergekit-dare inspect"
         return [Setting(UNKNOWN_DENSITY, reason) for _ in models]
     verdicts = inspection.inspect(examination).verdicts()
     of_models = [verdicts[str(ModelReference.parse(_named(model)))] for model in models]
@@ -123,7 +123,7 @@ def _text(
     densities: Sequence[Setting],
     shared: dict[str, Setting],
 ) -> str:
-    weight = Setting(1.0, "all of its change")
+    weight = Setting(1.0, "its whole delta")
     if len(models) > 1:
         weight = Setting(round(1 / len(models), 2), "an equal share; deltas are summed")
     lines = [f"merge_method: {method}", f"base_model: {_scalar(_named(base))}", "models:"]
@@ -134,14 +134,14 @@ def _text(
             f"      {_line('weight', weight)}",
             f"      {_line('density', density)}",
         ]
-    seed = Setting(SEED, "with the weights, it decides what is dropped")
+    seed = Setting(SEED, "together with the models' weights, it decides what is dropped")
     lines += ["parameters:", f"  {_line('seed', seed)}"]
     lines += [_line(key, setting) for key, setting in shared.items()]
     return "\n".join(lines) + "\n"
 
 
 def _named(model: str) -> str:
-    """Return a folder's name so that it cannot be one of the hub."""
+    """Return a model's name such that a folder cannot be mistaken for a model on the hub."""
     return f"./{model}" if looks_like_a_hub_name(model) else model
 
 
@@ -151,6 +151,6 @@ def _line(key: str, setting: Setting) -> str:
 
 
 def _scalar(value: object) -> str:
-    """Write a value as YAML has it, on one line."""
+    """Return a value as YAML, on one line."""
     written: str = yaml.safe_dump(value, width=float("inf"), allow_unicode=True)
     return written.removesuffix("...\n").strip()

@@ -1,6 +1,6 @@
 """Is this model what its config says? Plan as mergekit does, merge again, and compare the bytes.
 
-One tensor at a time is merged, and nothing is written, so memory is that of one tensor's inputs and
+One tensor at a time is merged and nothing is written, so memory is that of one tensor's inputs and
 output, whatever the model's size.
 """
 
@@ -32,15 +32,15 @@ from mergekit_dare.diagnostics.repetition import bits, merge_again, what_it_is
 from mergekit_dare.plugin.methods import DareMethod
 
 CONFIG_FILE, CARD_FILE = "mergekit_config.yml", "README.md"
-# Methods of mergekit's own that draw from a generator whose state no config has.
+# mergekit's own methods that draw from a generator whose state is in no config.
 DRAWING = ("dare_linear", "dare_ties", "della", "della_linear")
-# Versions of this package whose merges come out the same as this one's, to the byte.
+# Versions of this package whose merges are identical to this one's, to the byte.
 SAME_BYTES = ("0.1.0",)
-WORST = 10  # tensors that are named
+WORST = 10  # tensors that the text names
 
 
-class CannotTellError(Exception):
-    """It cannot be told whether the model is what its config says, and why."""
+class CannotVerifyError(Exception):
+    """Whether the model is what its config says cannot be verified; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Difference:
 
     Attributes:
         name: The tensor's.
-        what: In words.
+        what: The difference in words.
         elements: How many elements differ; all of them where shapes or dtypes do.
         largest: The greatest difference.
 
@@ -63,17 +63,17 @@ class Difference:
 
 @dataclass
 class Verification:
-    """What was compared, and what came out.
+    """What was compared, and the result.
 
     Attributes:
-        method: The merge method's name for people.
-        planned: Tensors of the merge.
-        compared: Tensors that were compared; fewer than planned in a quick audit.
-        size: Their bytes.
+        method: The merge method's display name.
+        planned: Number of tensors in the merge.
+        compared: Number of tensors that were compared; fewer than planned in a quick audit.
+        size: Their size in bytes.
         missing: Tensors of the merge that are not stored.
-        additional: Stored tensors that are not of the merge.
-        differences: Of those that were compared.
-        what_it_is: What the first of them is in place of the merge, if that can be told.
+        additional: Stored tensors that are not in the merge.
+        differences: Those of the tensors that were compared.
+        what_it_is: What the first of them is instead of the merge, if that can be told.
 
     """
 
@@ -88,18 +88,18 @@ class Verification:
 
     @property
     def is_match(self) -> bool:
-        """Whether all that was compared is the same to the byte."""
+        """Whether everything that was compared is identical to the byte."""
         return not (self.missing or self.additional or self.differences)
 
     def as_text(self) -> str:
-        """Return the result for people; one line if all is the same."""
+        """Return the result for people; one line if everything is identical."""
         part = f"{self.compared:,} of " if self.compared < self.planned else ""
         scope = f"{part}{self.planned:,} tensors ({self.size:,} bytes)"
         version = f"mergekit-dare {mergekit_dare.__version__}"
         made = self.method if version in self.method else f"{self.method} ({version})"
         if self.is_match:
-            return f"The same to the byte: {scope}, merged again by {made}."
-        lines = [f"Not what its config says: {scope} merged again by {made}."]
+            return f"Identical to the byte: {scope}, merged again by {made}."
+        lines = [f"Not what its config says: {scope}, merged again by {made}."]
         for what, names in (("missing", self.missing), ("additional", self.additional)):
             lines += [f"  {what}: {name}" for name in names[:WORST]]
             if len(names) > WORST:
@@ -127,13 +127,13 @@ def verify(
     Args:
         out: The model's folder, or its file from ``mergekit-pytorch``.
         options: mergekit's own: those that say how models are loaded, and ``random_seed``.
-        config: A config in place of the one that mergekit writes beside each merge.
+        config: A config to use instead of the one that mergekit writes beside each merge.
         name: Which config of a file with several.
         sample: The fraction of the tensors to compare, the same ones each time.
-        tensors: Only those whose names match, as in a shell.
+        tensors: Pattern of the names of tensors to compare, as in a shell.
 
     Raises:
-        CannotTellError: a model or the config is not there, or the method cannot be repeated.
+        CannotVerifyError: a model or the config does not exist, or the method cannot be repeated.
 
     """
     mergekit_dare.register()
@@ -174,9 +174,9 @@ def verify(
 
 def _open_model(out: Path, options: MergeOptions) -> LazyTensorLoader:
     if not out.exists():
-        raise CannotTellError(f"there is no model {out}")
+        raise CannotVerifyError(f"there is no model {out}")
     for problem in model_files.examine(out, needs_config=False).why_unusable:
-        raise CannotTellError(problem)
+        raise CannotVerifyError(problem)
     read_index = ShardedTensorIndex.from_disk if out.is_dir() else ShardedTensorIndex.from_file
     return LazyTensorLoader(read_index(str(out)), lazy_unpickle=options.lazy_unpickle)
 
@@ -185,7 +185,7 @@ def _read(stored: LazyTensorLoader, name: str, out: Path) -> Tensor:
     try:
         tensor = stored.get_tensor(name)
     except Exception as error:
-        raise CannotTellError(f"tensor {name} of {out} cannot be read: {error}") from error
+        raise CannotVerifyError(f"tensor {name} of {out} cannot be read: {error}") from error
     assert tensor is not None
     return tensor
 
@@ -194,47 +194,51 @@ def choose_config(path: Path, name: str | None) -> Document:
     """Return the config of a merge, of that name if its file has several.
 
     Raises:
-        CannotTellError: there is no such file.
+        CannotVerifyError: there is no such file.
         UnusableFileError: see :func:`mergekit_dare.diagnostics.config.reading.choose`.
 
     """
     if not path.is_file():
-        raise CannotTellError(f"there is no config {path}; name it with --config")
+        raise CannotVerifyError(f"there is no config {path}; give its path with --config")
     return choose(str(path), name)
 
 
 def _check_method(document: Document, out: Path) -> None:
     """Refuse methods that cannot be repeated, and models of another implementation of ours."""
     if document.spec is None:
-        raise CannotTellError(f"{document.path} is no config of a merge that mergekit knows")
+        raise CannotVerifyError(f"{document.path} names no merge method that mergekit has")
     name = document.spec.name
     card = (out if out.is_dir() else out.parent) / CARD_FILE
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     version = re.search(r"\(mergekit-dare ([0-9][^)\s]*)\)", text)
     ours = isinstance(merge_methods.get(name), DareMethod)
     if name in DRAWING and (not ours or (text and version is None)):
-        raise CannotTellError(
-            f"it was merged by mergekit's own {name}, which draws anew in each run: no merge of it "
-            "can be verified"
+        raise CannotVerifyError(
+            f"it was merged by mergekit's own {name}, which draws anew in each run, so its merges "
+            "cannot be verified"
         )
     if ours and version is not None and version[1] not in SAME_BYTES:
-        raise CannotTellError(
-            f"it was merged by mergekit-dare {version[1]}, which may draw other masks than this "
-            f"version, {mergekit_dare.__version__}: verify it with that one"
+        raise CannotVerifyError(
+            f"it was merged by mergekit-dare {version[1]}, which may draw different masks than "
+            f"this version, {mergekit_dare.__version__}: verify it with version {version[1]}"
         )
 
 
 def _plan(examination: Examination) -> list[SaveTensor]:
     for name in sorted(m.model.path for m in examination.config.referenced_models()):
         if is_local(name) and not Path(name).exists():
-            advice = "" if Path(name).is_absolute() else "; verify from the folder of the merge"
-            raise CannotTellError(f"there is no model {name}{advice}")
+            advice = (
+                ""
+                if Path(name).is_absolute()
+                else "; run verify in the folder where the merge was run"
+            )
+            raise CannotVerifyError(f"there is no model {name}{advice}")
     try:
         return examination.plan.saves_to_run(examination.options)
     except UnusableFileError as error:
-        raise CannotTellError(str(error)) from error
+        raise CannotVerifyError(str(error)) from error
     except Exception as error:
-        raise CannotTellError(f"mergekit cannot plan this merge: {reason(error)}") from error
+        raise CannotVerifyError(f"mergekit cannot plan this merge: {reason(error)}") from error
 
 
 def _is_chosen(name: str, sample: float, tensors: str) -> bool:
@@ -248,7 +252,7 @@ def _difference(name: str, actual: Tensor, expected: Tensor) -> Difference | Non
     for what in ("shape", "dtype"):
         stored, merged = getattr(actual, what), getattr(expected, what)
         if stored != merged:
-            found = f"{what} {_plain_name(stored)}, merged again {_plain_name(merged)}"
+            found = f"{what} {_plain_name(stored)}, but {_plain_name(merged)} when merged again"
             return Difference(name, found, actual.numel(), float("inf"))
     different = bits(actual) != bits(expected)
     count = int(different.sum())
@@ -258,7 +262,7 @@ def _difference(name: str, actual: Tensor, expected: Tensor) -> Difference | Non
     largest = float(apart.max())
     share = count / actual.numel()
     what = (
-        f"{count:,} of {actual.numel():,} elements ({share:.1%}) differ, by {largest:.3g} at most"
+        f"{count:,} of {actual.numel():,} elements ({share:.1%}) differ, by at most {largest:.3g}"
     )
     return Difference(name, what, count, largest)
 

@@ -1,4 +1,4 @@
 """The arithmetic of DARE on plain tensors.
 
-Imports torch and the standard library: nothing of mergekit, of a config or of another wing.
+Imports torch, NumPy, Numba and the standard library; nothing of mergekit or of another wing.
 """

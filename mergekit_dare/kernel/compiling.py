@@ -1,4 +1,4 @@
-"""How Numba compiles :mod:`mergekit_dare.kernel.loops`, and where it keeps what it made."""
+"""How Numba compiles :mod:`mergekit_dare.kernel.loops`, and where it keeps compiled code."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ try:
 
     is_switched_off = numba.config.DISABLE_JIT
 except Exception as error:  # an ImportError, too, where Numba does not fit numpy
-    remedy = "pip install --upgrade numba, or the numpy that it asks for"
+    remedy = "pip install --upgrade numba, or the numpy that it requires"
     raise ImportError(f"{str(error).rstrip('.')}; {remedy}") from error
 if is_switched_off:  # loops that are not compiled take thousands of times as long
-    raise ImportError("NUMBA_DISABLE_JIT is set; take it out of the environment")
+    raise ImportError("NUMBA_DISABLE_JIT is set; unset it in the environment")
 
 LOG = logging.getLogger(__name__)
 
-# Held while something is compiled. A fork waits for it: in the child, nobody would give Numba's own
-# lock back.
+# Held while something is compiled. A fork waits for it: in the child, nothing would release Numba's
+# own lock.
 LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release
     )
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}  # a division by 0 raises nothing
+_OPTIONS = {"nogil": True, "error_model": "numpy"}  # a division by 0 does not raise
 
 
-# Of functions that compiled ones call; the latter as a part of what calls them, since a call with
+# For functions that compiled ones call; the latter become part of their caller, since a call with
 # several arrays takes 20 ns.
 loop = numba.njit(**_OPTIONS)
 inlined = numba.njit(inline="always", **_OPTIONS)
@@ -48,7 +48,7 @@ def entry(function: Callable[..., Any]) -> Any:
     if cache_folder() is None:
         return loop(function)
     before = numba.config.CACHE_DIR
-    # Else Numba would keep it beside the source, where ``pip uninstall`` leaves it behind.
+    # Otherwise Numba would keep it beside the source, where ``pip uninstall`` leaves it behind.
     numba.config.CACHE_DIR = str(cache_folder())
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
@@ -58,11 +58,11 @@ def entry(function: Callable[..., Any]) -> Any:
 
 @cache
 def cache_folder() -> Path | None:
-    """Return the folder in which what was compiled is kept, or None if none can be written to.
+    """Return the folder in which compiled code is kept, or None if none can be written to.
 
-    That is NUMBA_CACHE_DIR, if it is set, else one among the user's caches. All that decides what
-    is compiled names a folder of its own, as Numba itself looks at one file's date: the content of
-    this file, of the loops and of their numbers, and Numba's settings.
+    It is in NUMBA_CACHE_DIR, if that is set, else among the user's caches. Its name is a hash of
+    everything that decides what is compiled, as Numba itself checks only one file's date: the
+    content of this file, of the loops and of their numbers, and Numba's settings.
     """
     sources = [Path(__file__).with_name(f"{n}.py") for n in ("compiling", "loops", "numbers")]
     settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
@@ -77,17 +77,17 @@ def cache_folder() -> Path | None:
         folder = Path(numba.config.CACHE_DIR or _caches() / "mergekit-dare") / content
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError) as error:  # the latter where nobody knows the user's home
+    except (OSError, RuntimeError) as error:  # the latter if the user's home is unknown
         warn_of_no_cache(error)
         return None
     return folder
 
 
 def warn_of_no_cache(error: Exception) -> None:
-    """Say why what is compiled cannot be kept, and what helps."""
+    """Say why compiled code cannot be kept, and what to do about it."""
     LOG.warning(
-        "Numba compiles anew in each process, for some seconds, unless NUMBA_CACHE_DIR names a "
-        "folder that can be written to: %s",
+        "Numba compiles again in each process, which takes some seconds, unless NUMBA_CACHE_DIR "
+        "is set to a folder that can be written to: %s",
         error,
     )
 
@@ -102,7 +102,7 @@ def _caches() -> Path:
 
 
 def clear_cache(*entries: Any) -> bool:
-    """Remove what is kept of functions, as it may be damaged; tell whether there was any."""
+    """Remove the compiled code of functions, which may be damaged; tell whether there was any."""
     if cache_folder() is None:
         return False
     files = [file for one in entries for file in Path(one.stats.cache_path).glob("*.nb?")]
@@ -113,9 +113,9 @@ def clear_cache(*entries: Any) -> bool:
 
 @contextmanager
 def announced(seconds: float = 1.0) -> Iterator[None]:
-    """Say what takes so long, if this block takes longer than that."""
+    """Log what is being done, if this block takes longer than that."""
     often = "" if cache_folder() is None else ", once on this machine"
-    said = f"Numba compiles the loops that merge, which takes some seconds{often}"
+    said = f"Numba is compiling the merge loops, which takes some seconds{often}"
     timer = threading.Timer(seconds, LOG.warning, (said,))
     timer.daemon = True
     with suppress(RuntimeError):  # no thread can be started

@@ -15,7 +15,7 @@ from mergekit_dare.kernel.formula import Job
 from mergekit_dare.kernel.masks import CHECKSUM_BLOCK, address_of
 
 PIECE = 1 << 18  # elements that one thread merges before it asks for more, a multiple of 4
-SUMS = 1 << 4  # checksums that one thread makes before it asks for more
+SUMS = 1 << 4  # checksums that one thread computes before it asks for more
 # Elements times models, and checksums, that keep a thread busy for longer than it takes to start.
 LEAST_WORK, LEAST_SUMS = 1 << 20, 1 << 9
 
@@ -30,7 +30,7 @@ _CODES = {
 
 
 def compile_for(dtype: torch.dtype) -> None:
-    """Compile all that a merge needs whose arithmetic is of a dtype, or load it from the cache."""
+    """Compile what a merge needs for a dtype of arithmetic, or load it from the cache."""
     wide, nothing = _wide(dtype), np.uint64(0)
     terms, steps, one = np.empty(0, loops.TERM[wide]), (False,) * 5, wide(1)
     for tries in (2, 1, 0):
@@ -40,7 +40,7 @@ def compile_for(dtype: torch.dtype) -> None:
                 loops.merge_piece(nothing, nothing, 0, 0, 0, *numbers, _buffers(wide))
                 loops.sum_blocks(nothing, np.empty(0, np.int64))
             return
-        except OSError as error:  # what is compiled cannot be kept, as on a full disk
+        except OSError as error:  # compiled code cannot be kept, as on a full disk
             if not tries:
                 raise
             if tries == 1:
@@ -74,7 +74,9 @@ def merge(job: Job, out: Tensor) -> float:
     lambda_, key = wide(job.lambda_), np.uint64(job.rounding_key or 0)
     bits = np.uint64 if wide is np.float64 else np.uint32
 
-    def merge_one(start: int, keep: Any = (job, out)) -> float:  # for as long as it works on them
+    def merge_one(
+        start: int, keep: Any = (job, out)
+    ) -> float:  # keeps them alive while it works on them
         stop, buffers = min(elements, start + PIECE), _buffers(wide)
         largest = loops.merge_piece(
             to, theta_0, dtype, start, stop, terms, steps, lambda_, key, buffers
@@ -89,7 +91,7 @@ def merge(job: Job, out: Tensor) -> float:
 
 def checksums(vectors: Sequence[Tensor]) -> list[bytes]:
     """Return :func:`mergekit_dare.kernel.masks.checksums` of several vectors."""
-    if any(address_of(vector) % 8 for vector in vectors):  # no whole words there
+    if any(address_of(vector) % 8 for vector in vectors):  # not aligned to words
         with threads.single():
             return [masks.checksums(vector) for vector in vectors]
     sums = [np.empty(vector.nbytes // CHECKSUM_BLOCK, np.int64) for vector in vectors]
@@ -99,7 +101,7 @@ def checksums(vectors: Sequence[Tensor]) -> list[bytes]:
         address = np.uint64(address_of(vectors[k]) + start * CHECKSUM_BLOCK)
         loops.sum_blocks(address, sums[k][start : start + SUMS])
 
-    # Side by side, as they are merged: what is read last may be in the cache still.
+    # In parallel over the vectors, as they are merged: what is read last may still be in the cache.
     longest = max(map(len, sums), default=0)
     parts = [(k, s) for s in range(0, longest, SUMS) for k in range(len(sums)) if s < len(sums[k])]
     threads.run(sum_some, parts, sum(map(len, sums)) // LEAST_SUMS)

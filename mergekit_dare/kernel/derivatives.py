@@ -1,8 +1,8 @@
 """Differentiating through a merge, with torch's own derivatives of the formula.
 
 Masks, signs, probabilities and what rounding adds are constants, so the result is linear in the
-models' elements, and derivatives of every order, forward and reverse, are right between the jumps
-of those.
+models' elements, and derivatives of every order, forward and reverse, are right wherever those
+constants do not jump.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     The values are those of ``merging.merge`` to the bit, and it raises the same errors.
 
     Raises:
-        RuntimeError: inside of ``torch.func.vmap``, which has no whole tensors to draw for, and of
-            what records operations of torch to repeat them with other tensors.
+        RuntimeError: inside ``torch.func.vmap``, which has no whole tensors to draw for, and inside
+            anything that records torch's operations to repeat them with other tensors.
 
     """
     if torch.jit.is_tracing() or _is_recorded_by_fx():  # type: ignore[attr-defined, no-untyped-call]
@@ -52,14 +52,14 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
     except RuntimeError as error:
         if "Functionalize" not in str(error):
             raise
-        raise RuntimeError("torch.func.functionalize cannot go around a merge with DARE") from error
+        raise RuntimeError("torch.func.functionalize does not support a merge with DARE") from error
     ((merged, job),) = found
     with threads.single():
         return _differentiable(job, base, models, merged) if asked else merged
 
 
 def _is_recorded_by_fx() -> bool:
-    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # whoever records has it
+    recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")  # imported by whatever records
     for name in ("get_proxy_mode", "get_innermost_proxy_mode"):  # the latter before torch 2.5
         if hasattr(recorder, name):
             return getattr(recorder, name)() is not None
@@ -96,8 +96,8 @@ class _Look(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         if any(dim is not None for dim in in_dims):
             raise RuntimeError(
-                "torch.func.vmap cannot go around a merge with DARE, whose masks are functions of "
-                "whole tensors: merge one after the other"
+                "torch.func.vmap does not support a merge with DARE, whose masks depend on whole "
+                "tensors: merge one tensor after the other"
             )
         found: Tensor = _Look.apply(look, *tensors)  # type: ignore[no-untyped-call]
         return found, None
@@ -113,5 +113,5 @@ def _differentiable(job: Job, base: Tensor, models: Sequence[FineTuned], merged:
     merged = merged - (result.detach() - result).nan_to_num().to(merged.dtype)
     for k in set(range(len(models))) - {term.model for term in terms}:
         nothing = torch.where(torch.ones_like(base, dtype=torch.bool), 0, tensors[k])
-        merged = merged - nothing.to(merged.dtype)  # its derivative is 0, not unknown
+        merged = merged - nothing.to(merged.dtype)  # its derivative is 0, not missing
     return merged

@@ -18,18 +18,17 @@ T_k = min(65536, ceil(c_k |delta_k|)) (mergekit_dare.kernel.sampling).
 A divisor of 0, or for linear under 1e-8, counts as 1, as in mergekit. An element that is equal in
 both models has delta 0 even where it is infinite.
 
-For TIES, the terms of sign s add up to sum + s * (sum of magnitudes - |sum|) / 2: what is in
-brackets is twice what the others add up to. Likewise for their weights.
+For TIES, the terms of sign s add up to sum + s * (sum of magnitudes - |sum|) / 2: the expression in
+parentheses is twice what the others add up to. The same holds for their weights.
 
-Here this is written in torch, for accelerators, for derivatives, and for a CPU without Numba;
+This module has it in torch, for accelerators, for derivatives, and for a CPU without Numba;
 :mod:`mergekit_dare.kernel.loops` has the same steps as loops, for the CPU. Every operation rounds
 once, and a product that is added to something has a factor of 0, 1, -1 or a half, so it is exact,
-and a fused multiply-add gives the same bits. So the result is the same to the bit in both, for
-every size of the pieces, number of threads and device.
+and a fused multiply-add gives the same bits. So both give the same result to the bit, for every
+size of the pieces, number of threads and device.
 
-Masks, signs and probabilities are constants to torch's autograd, as comparisons, ``sign`` and
-``ceil`` have no derivative but 0. So derivatives of every order go through the very mask of the
-merge.
+Masks, signs and probabilities are constants for torch's autograd, as comparisons, ``sign`` and
+``ceil`` have derivative 0. So derivatives of every order go through the same mask as the merge.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Term(NamedTuple):
 
     Attributes:
         name: The model's, for error messages.
-        model: Its number among those that were given.
+        model: The model's index among those that were given.
         theta: theta_k as a contiguous vector.
         key: The key of m_k.
         t: d_k in units of 1 / 65536, from 1 to 65536; by magnitude the least T_k.
@@ -84,13 +83,13 @@ class Job(NamedTuple):
 
     Attributes:
         theta_0: The base model's elements as a contiguous vector.
-        terms: Those that are not zero throughout, in an order of their own.
+        terms: Those that are not all zeros, in an order that does not depend on the models'.
         dtype: That of all arithmetic.
         ties: Elect signs.
         normalize: TIES only: divide by the weights of the elected terms.
         by_magnitude: Keep deltas in proportion to their size, not all with one probability.
-        rescale: Divide by the probability. With uniform sampling, that is in the factors.
-        lambda_: Factor of the merged delta; for linear 1, as it is in the factors.
+        rescale: Divide by the probability. With uniform sampling, the factors include that.
+        lambda_: Factor of the merged delta; for linear 1, as the factors include it.
         rounding_key: The key of the stream that rounds the result; None to round to nearest.
 
     """
@@ -120,7 +119,7 @@ def merge(job: Job, piece: slice) -> Tensor:
             sign = hat.sign()
             magnitude = sign * hat
             magnitudes = magnitudes + magnitude
-            hat = sign * magnitude  # the same, but where it is 0, its derivative is 0, too
+            hat = sign * magnitude  # the same, except that where it is 0, so is its derivative
         if job.normalize:
             vote = delta.sign() * m
             votes, weights = votes + vote * abs(term.weight), weights + vote.abs() * term.weight

@@ -1,10 +1,10 @@
-"""The keep mask of DARE: a function of the weights and the seed, of nothing else.
+"""The keep mask of DARE: a function of the weights and the seed, and of nothing else.
 
 Element ``i`` of a fine-tuned tensor is kept iff ``lane(key, i) < T - 2**15``:
 
 * ``key`` is a hash of the seed and the fine-tuned tensor itself (:func:`mask_key`), so no name,
-  path, position, order, thread or device plays a part: equal tensors in, equal tensors out, which
-  tied embeddings need, and checkpoints whose names differ by a prefix.
+  path, position, order, thread or device plays a part: equal tensors in, equal tensors out, as is
+  needed for tied embeddings, and for checkpoints whose names differ by a prefix.
 * word ``j`` of the key's stream is output ``j`` of SplitMix64 started at ``key`` (Steele, Lea,
   Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). It is computed from
   ``j`` alone, without the words before it.
@@ -41,7 +41,7 @@ def _signed(word: int) -> int:
 def threshold(density: float) -> int:
     """Return T, how many of the 65536 lane values keep an element: 1 or more for a density above 0.
 
-    The density that is met is ``T / 65536``; dividing survivors by just that is unbiased.
+    The density that results is ``T / 65536``; dividing survivors by exactly that is unbiased.
     """
     if density <= 0:
         return 0
@@ -89,7 +89,7 @@ def rounding_key(
 
 
 def _hash(header: tuple[Any, ...], tensor: Tensor, sums: bytes | None) -> int:
-    """Hash a header, the checksums of all whole blocks of a tensor's bytes, and the other bytes."""
+    """Hash a header, the checksums of all whole blocks of a tensor's bytes, and the rest."""
     vector = tensor.detach().resolve_neg().reshape(-1)
     digest = hashlib.blake2b(
         repr(header).encode() + b"\0", digest_size=8, person=b"mergekit-dare/1"
@@ -103,14 +103,14 @@ def _hash(header: tuple[Any, ...], tensor: Tensor, sums: bytes | None) -> int:
 
 
 def checksums(vector: Tensor) -> bytes:
-    """Return a checksum of each 32 KiB of a vector's bytes, but for the bytes after the last.
+    """Return a checksum of each 32 KiB of a vector's bytes, except the bytes after the last.
 
     A checksum is the wrapping int64 sum of a block's 8-byte words. Integer sums come out equal
     in every order, hence on every device and number of threads, at the speed of memory.
     """
     elements = CHECKSUM_BLOCK // vector.element_size()
     whole = vector[: vector.numel() // elements * elements]
-    if whole.storage_offset() * whole.element_size() % _WORD_BYTES:  # no view as words
+    if whole.storage_offset() * whole.element_size() % _WORD_BYTES:  # cannot be viewed as words
         whole = whole.clone()
     return _bytes(whole.view(torch.int64).view(-1, CHECKSUM_BLOCK // _WORD_BYTES).sum(dim=1))
 
@@ -121,7 +121,7 @@ def _bytes(vector: Tensor) -> bytes:
 
 
 def address_of(vector: Tensor) -> int:
-    """Return where a tensor's data is; RuntimeError if it has none, as a fake tensor."""
+    """Return where a tensor's data is; RuntimeError if it has none, like a fake tensor."""
     address = vector.data_ptr()
     if address == 0 and vector.numel() > 0:
         raise RuntimeError(f"a {type(vector).__name__} that holds no data cannot be merged")
@@ -141,12 +141,12 @@ def splitmix64(key: int, words: slice, device: torch.device) -> Tensor:
 
 
 def _shifted(z: Tensor, count: int) -> Tensor:
-    """Shift to the right, as unsigned integers: torch's copy the sign bit."""
+    """Shift right as unsigned integers do: torch's shifts copy the sign bit."""
     return z >> count & (1 << 64 - count) - 1
 
 
 def lanes_of(key: int, piece: slice, device: torch.device) -> Tensor:
-    """Return the lanes of some elements, from a multiple of 4 on: int16, as masks compare them."""
+    """Return the lanes of some elements, starting at a multiple of 4, as int16 for masks."""
     first = piece.start // LANES_PER_WORD
     words = slice(first, -(-piece.stop // LANES_PER_WORD))
     lanes = splitmix64(key, words, device).view(torch.int16)

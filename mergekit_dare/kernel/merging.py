@@ -1,7 +1,7 @@
 """Merge the fine-tuned models' versions of one tensor into the base model's.
 
-The formula itself is in :mod:`mergekit_dare.kernel.formula`; here are its inputs and outputs: what
-is checked before, what the numbers in it are, what runs it, and what may not leave it.
+The formula itself is in :mod:`mergekit_dare.kernel.formula`; this module handles what surrounds it:
+the checks of the inputs, the numbers in it, what runs it, and the checks of the output.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mergekit_dare.kernel.sampling import GREATEST_FOR_FLOAT32, Sampling, magnit
 LOG = logging.getLogger(__name__)
 
 _SMALLEST_LINEAR_DIVISOR = 1e-8
-# Numbers beyond these make float32 products under- or overflow whose quotients need not: then the
-# arithmetic is in float64.
+# Numbers beyond these can make float32 products under- or overflow although the results would not:
+# then the arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
-# Elements that torch works on at once. On a CPU it splits no operation on so few among threads; an
-# accelerator needs enough to be busy, and has 250 MB of temporary tensors.
+# Elements that torch works on at once. On a CPU, it does not split operations on so few among its
+# threads; an accelerator needs enough to be busy, and has 250 MB of temporary tensors.
 CPU_PIECE, ACCELERATOR_PIECE = 1 << 15, 1 << 22
 
 
@@ -65,7 +65,7 @@ class Recipe:
     Attributes:
         combine: DARE-linear or DARE-TIES.
         tensor_name: The output tensor's name, for error messages only; may be empty.
-        seed: Any integer: a part of the masks' keys.
+        seed: Any integer; part of the masks' keys.
         normalize: Divide by the sum of the weights.
         rescale: Divide the kept deltas by their probability.
         lambda_: Factor of the merged delta.
@@ -103,8 +103,8 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
 
     Raises:
         ValueError: a dtype is not supported, shapes or devices differ, a delta is not finite, or
-            the result overflows its dtype (stochastic rounding of a number beyond the largest of
-            float16 gives that).
+            the result overflows its dtype (stochastic rounding of a number beyond float16's
+            largest gives that largest number).
 
     """
     merged, _ = merge_and_plan(base, models, recipe)
@@ -112,7 +112,7 @@ def merge(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Tensor:
 
 
 def merge_and_plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> tuple[Tensor, Job]:
-    """Merge as :func:`merge` does, and return what was done, too."""
+    """Merge as :func:`merge` does, and also return what was done."""
     _check("the base model", base, base, recipe)
     for model in models:
         _check(f"model {model.name}", model.tensor, base, recipe)
@@ -133,7 +133,7 @@ def merge_and_plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) ->
 
 
 def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
-    """Find the numbers of the formula for one tensor."""
+    """Compute the numbers in the formula for one tensor."""
     ties, by_magnitude = recipe.combine is Combine.TIES, recipe.sampling is Sampling.MAGNITUDE
     used = [
         (k, model)
@@ -159,8 +159,8 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
                 rescale = LANE_VALUES / t
             factor, weight = model.weight * rescale * factor_unit, model.weight * weight_unit
             terms.append(Term(model.name, k, theta, key, t, c, factor, weight))
-        # A floating-point sum depends on its order, and that of the models in a config must not
-        # matter.
+        # A floating-point sum depends on its order, but the order of the models in a config must
+        # not matter.
         terms.sort(key=lambda term: (term.key, term.t, term.c, term.factor))
         key_of_rounding = None
         if stochastic:
@@ -208,7 +208,7 @@ def _wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _work_dtype(wide: torch.dtype, terms: Sequence[Term], recipe: Recipe) -> torch.dtype:
-    """Return float64 if ``wide`` is that, or float32 products could lose a number, else float32."""
+    """Return float64 if ``wide`` is, or if float32 products could lose a number, else float32."""
     numbers = [recipe.lambda_, *(n for term in terms for n in (term.factor, term.weight))]
     within = all(_LEAST_FACTOR <= abs(n) <= _GREATEST_FACTOR for n in numbers if n)
     within = within and all(term.c <= GREATEST_FOR_FLOAT32 for term in terms)
@@ -217,7 +217,7 @@ def _work_dtype(wide: torch.dtype, terms: Sequence[Term], recipe: Recipe) -> tor
 
 @cache
 def compiled_cpu(dtype: torch.dtype) -> ModuleType | None:
-    """Return the module cpu, its loops compiled for arithmetic in a dtype, if Numba works here."""
+    """Return the module cpu, with loops compiled for a dtype of arithmetic, if Numba works here."""
     try:
         from mergekit_dare.kernel import cpu
 
@@ -232,14 +232,14 @@ def compiled_cpu(dtype: torch.dtype) -> ModuleType | None:
 @cache
 def _warn_once(reason: str) -> None:
     LOG.warning(
-        "merging on the CPU without Numba, which takes twenty times as long and more: %s", reason
+        "merging on the CPU without Numba, which takes at least twenty times as long: %s", reason
     )
 
 
 def _checksums(vectors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[bytes | None]:
-    """Return :func:`.masks.checksums` of all vectors, or None for those that masks.py makes.
+    """Return :func:`.masks.checksums` of all vectors, or None for each, to leave it to masks.py.
 
-    ``dtype``: that in which they are probably merged.
+    ``dtype``: the one in which they are probably merged.
     """
     large = any(vector.nbytes >= CHECKSUM_BLOCK for vector in vectors)
     on_cpu = all(vector.device.type == "cpu" for vector in vectors)
@@ -263,7 +263,7 @@ def _merge_by_torch(job: Job, out: Tensor) -> float:
             result = formula.merge(job, piece)
             largest.append(result.abs().max())
             out[piece] = rounded(result, job, piece)
-    return float(torch.stack(largest).max())  # a device is not waited for before the end
+    return float(torch.stack(largest).max())  # the device is waited for only at the end
 
 
 def rounded(result: Tensor, job: Job, piece: slice) -> Tensor:
@@ -285,16 +285,16 @@ def _overflow_limit(dtype: torch.dtype) -> float:
 
 
 def _check(name: str, tensor: Tensor, base: Tensor, recipe: Recipe) -> None:
-    """Raise ValueError for a tensor that no merge can take."""
+    """Raise ValueError for a tensor that cannot be merged."""
     if tensor.shape != base.shape or tensor.device != base.device:
         raise ValueError(
-            f"{recipe.tensor} of {name} has shape {tuple(tensor.shape)} on {tensor.device}, and "
+            f"{recipe.tensor} of {name} has shape {tuple(tensor.shape)} on {tensor.device}, but "
             f"{tuple(base.shape)} on {base.device} in the base model"
         )
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"{recipe.tensor} of {name} has dtype {dtype_name(tensor.dtype)}; DARE "
-            f"takes {', '.join(map(dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
+            f"merges {', '.join(map(dtype_name, SUPPORTED_DTYPES))}: if {name} is quantized, these "
             "are codes, which cannot be merged; dequantize it first"
         )
 
@@ -312,14 +312,14 @@ def _raise_non_finite_deltas(job: Job, recipe: Recipe) -> None:
         if bad:
             at_fault = "the base model" if bad_in_base == bad else f"model {term.name}"
             raise ValueError(
-                f"{recipe.tensor} of {at_fault} gives {bad} of {job.theta_0.numel()} "
-                f"deltas that are NaN or infinite (model {term.name} minus the base "
+                f"{recipe.tensor} of {at_fault} makes {bad} of {job.theta_0.numel()} "
+                f"deltas NaN or infinite (model {term.name} minus the base "
                 "model); the file is damaged, or the model diverged"
             )
 
 
 def _raise_overflow(out: Tensor, theta_0: Tensor, recipe: Recipe) -> None:
-    """Raise ValueError if elements that are finite in the base are not so in the result."""
+    """Raise ValueError if elements that are finite in the base are not finite in the result."""
     overflows = sum(
         int((torch.isfinite(theta_0[piece]) & ~torch.isfinite(out[piece])).sum())
         for piece in pieces(out)

@@ -12,9 +12,9 @@ that no delta but 0 has probability 0:
 
     T_i = min(65536, ceil(c |delta_i| 65536))
 
-Here c is found. It comes out the same on every machine, since it is made from sums of whole numbers
-alone, in any order: the T_i for a trial c. Large tensors are judged by a sample of their elements,
-which is enlarged until it is exact enough; the elements are the same in every run.
+This module finds c. It is the same on every machine, since it is computed only from sums of whole
+numbers, in any order: the T_i for a trial c. Large tensors are judged by a sample of their
+elements, which is enlarged until it is exact enough; the elements are the same in every run.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from torch import Tensor
 
 from mergekit_dare.kernel.masks import LANE_VALUES, splitmix64
 
-# Elements next to each other that are looked at together: so few that a sample of them is as good
-# as one of single elements, so many that looking costs little.
+# Adjacent elements that are sampled together: so few that the sample is as good as one of single
+# elements, so many that sampling costs little.
 BLOCK = 16
-# Elements in a sample; the last one is followed by the whole tensor.
+# Elements in each sample; after the last one comes the whole tensor.
 SAMPLES = (1 << 12, 1 << 17, 1 << 20)
-# A sample will do if its standard error, as a fraction of the density, is at most this: the density
-# that is met is then within 1 % of the one that was asked for, but for one tensor in 10,000.
+# A sample suffices if its standard error, as a fraction of the density, is at most this: the actual
+# density is then within 1 % of the requested one, except for one tensor in 10,000.
 STANDARD_ERROR = 0.0025
-# c is found when the sample's density is so close to the one that was asked for.
+# c is found when the sample's density is this close to the requested one.
 TOLERANCE = 0.0005
 
-_PIECE = 1 << 18  # elements of a whole tensor that are looked at together
+_PIECE = 1 << 18  # elements of a whole tensor that are processed together
 _MOST_STEPS = 60
 _FINE = 1 << 24
-# Greater c need float64.
+# A greater c needs float64.
 GREATEST_FOR_FLOAT32 = 2.0**100
 _POSITIONS_KEY = 0x6D65726765  # any number will do
 
 
 class Sampling(Enum):
-    """How the probability of a delta to be kept depends on the delta."""
+    """How the probability of keeping a delta depends on the delta."""
 
     UNIFORM = "uniform"
     MAGNITUDE = "magnitude"
@@ -61,8 +61,8 @@ def magnitude_scale(
     """Return c in units of 1 / 65536, so that T = ceil(c |delta|), at most 65536.
 
     The mean of T / 65536 is within 1 % of the density for tensors of 65,536 elements and more, and
-    within 10 % where one element in a thousand differs from 0; in a smaller tensor, as its few
-    elements allow. No delta is dropped for certain, so densities of few units are exceeded.
+    within 10 % where one element in a thousand differs from 0; in a smaller tensor, as close as its
+    few elements allow. No delta is certain to be dropped, so densities of few units are exceeded.
 
     Args:
         theta: theta_k: shape (elements,).
@@ -83,7 +83,7 @@ def magnitude_scale(
         if size * 2 > elements:
             break
         blocks = _Sample([_sampled_deltas(theta, theta_0, dtype, size)])
-        if blocks.nonzero <= 1.5 * density * blocks.elements:  # all may have to be kept: count
+        if blocks.nonzero <= 1.5 * density * blocks.elements:  # all may have to be kept: count them
             continue
         scale = blocks.solve(density, scale)
         if blocks.standard_error(scale) <= STANDARD_ERROR * density:
@@ -123,9 +123,8 @@ class _Sample:
     def solve(self, density: float, scale: float) -> float:
         """Return the c at which the mean of T / 65536 is the density.
 
-        T = 65536 of the largest deltas stays as it is, so the others have to make up for it: c
-        grows or shrinks by the factor that their sum needs. ``scale`` is where to start, 0 for
-        anywhere.
+        T of the largest deltas stays 65536, so the others have to make up for it: c grows or
+        shrinks by the factor that their sum needs. ``scale`` is where to start; 0 if unknown.
         """
         wanted = density * self.elements * LANE_VALUES
         if not scale:
@@ -137,7 +136,7 @@ class _Sample:
             if abs(total - wanted) <= TOLERANCE * wanted:
                 break
             capped = self._capped(scale) * LANE_VALUES
-            if wanted <= capped:  # too many are: come back from below
+            if wanted <= capped:  # too many are capped: come back from below
                 factor = 0.5
             elif total > capped:
                 factor = (wanted - capped) / (total - capped)
@@ -149,7 +148,7 @@ class _Sample:
         return scale
 
     def _sum(self, scale: float, most: int) -> int:
-        """Return the sum of all T, with another greatest value for T."""
+        """Return the sum of all T, each at most ``most``."""
         # Sums of whole numbers are exact in float64 up to 2**53, in whatever order they are added.
         return sum(int(self._t(m, scale, most).sum(dtype=torch.float64)) for m in self.pieces)
 
@@ -169,7 +168,7 @@ class _Sample:
         return t if self.largest * scale < most - 1 else t.clamp_(max=most)
 
     def standard_error(self, scale: float) -> float:
-        """Return that of the mean of T / 65536, from how the sample's blocks differ."""
+        """Return that of the mean of T / 65536, judged by how the sample's blocks differ."""
         (magnitudes,) = self.pieces
         sums = self._t(magnitudes, scale, LANE_VALUES).view(-1, BLOCK).sum(1).long()
         count, total = sums.numel(), int(sums.sum())

@@ -1,8 +1,8 @@
-"""Work in several threads that do not wait for one another before the end.
+"""Running work in several threads, which wait for one another only at the end.
 
-Each thread takes one piece after the other from a common supply. What works on a piece must not
-hold the interpreter's lock, and what is computed must not depend on which thread does what. The
-threads end with the work: nothing is left running, and a process may fork between merges.
+Each thread takes one piece after the other from a common supply. Work on a piece must not hold the
+interpreter's lock, and its result must not depend on which thread does it. The threads end with the
+work: nothing is left running, and a process may fork between merges.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ R = TypeVar("R")
 
 
 def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
-    """Call ``work`` with each piece, in this thread and as many others as suit.
+    """Call ``work`` with each piece, in this thread and as many others as are useful.
 
     Args:
         work: Takes a piece; it runs in several threads at once.
         pieces: What is to be done.
-        most: At most so many threads, and no more than torch has (``torch.set_num_threads``,
-            mergekit's ``-j``, OMP_NUM_THREADS) and than there are :func:`cores` for this process.
+        most: The greatest number of threads; never more than torch has (``torch.set_num_threads``,
+            mergekit's ``-j``, OMP_NUM_THREADS) or than this process has :func:`cores`.
 
     Returns:
         What each call returned, in the order of the pieces.
 
     Raises:
         BaseException: the first that a call raised, or an interruption of this thread; either
-            way, no more pieces were given out, and all threads have ended, unless this thread was
-            interrupted again while it waited for them.
+            way, no more pieces were handed out, and all threads have ended, unless this thread
+            was interrupted again while it waited for them.
 
     """
     supply = deque(enumerate(pieces))
@@ -64,7 +64,7 @@ def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
     with ThreadPoolExecutor(others, "mergekit-dare") as pool:
         try:
             started: list[Future[None]] = []
-            with suppress(RuntimeError):  # no thread can be started: do it alone
+            with suppress(RuntimeError):  # no thread can be started: work alone
                 started += (pool.submit(take) for _ in range(others))
             take()
             for other in started:
@@ -76,10 +76,10 @@ def run(work: Callable[[T], R], pieces: Iterable[T], most: int) -> list[R]:
 
 @contextmanager
 def single() -> Iterator[None]:
-    """Let torch do all with one thread in this block.
+    """Let torch use only one thread in this block.
 
-    For what torch would split: a forked child has no other threads of torch, and would wait for
-    them for ever.
+    For operations that torch would split: a forked child does not have torch's other threads, and
+    would wait for them forever.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def single() -> Iterator[None]:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, by affinity and by cgroup's quota."""
+    """Return the number of cores that this process may use, by affinity and by cgroup quota."""
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -103,7 +103,7 @@ def cores() -> int:
 def _quota(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """Return how many cores' time the least quota of this process's cgroups grants, if any."""
+    """Return how many cores the smallest quota of this process's cgroups grants, if any."""
     quotas = []
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)

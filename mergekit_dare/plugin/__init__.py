@@ -1,5 +1,5 @@
 """What mergekit and Python's start-up see: the import hook, the registration, the merge methods.
 
-Imports the wing ``kernel``, never ``diagnostics``. At start-up it imports the standard library
-alone.
+Imports the wing ``kernel``, never ``diagnostics``. At start-up it imports only the standard
+library.
 """

@@ -34,26 +34,26 @@ from mergekit_dare.kernel.rounding import Rounding
 from mergekit_dare.kernel.sampling import Sampling
 from mergekit_dare.plugin import quantization, registration
 
-# The parameters that take one of a few words.
+# The parameters whose value is one of a few words.
 WORDS: dict[str, type[Enum]] = {"sampling": Sampling, "rounding": Rounding}
 PAPER_URL = "https://arxiv.org/abs/2311.03099"
 
-# Called with each merged tensor: the base's, the fine-tuned models' and the name.
+# Called for each merged tensor with the base's tensor, the fine-tuned models and its name.
 Observer = Callable[[torch.Tensor, Sequence[FineTuned], str], None]
 _OBSERVERS: list[Observer] = []
 
 
 def observe(look: Observer) -> None:
-    """Call ``look`` after each merge of a tensor, but in torch.func's transforms.
+    """Call ``look`` after each merge of a tensor, except in torch.func's transforms.
 
-    A second time it is not added.
+    Adding it a second time has no effect.
     """
     if look not in _OBSERVERS:
         _OBSERVERS.append(look)
 
 
-# What was found to be valid, by parameter, type and value: mergekit's functions for Python validate
-# anew for each tensor, which takes longer than merging a small one.
+# Values that were found to be valid, by parameter, type and value: mergekit's functions for Python
+# validate them for each tensor again, which takes longer than merging a small one.
 _VALID: dict[tuple[str, type, Any], Any] = {}
 _MOST_VALID = 1 << 12
 
@@ -73,7 +73,7 @@ class DareParameter(ParameterSpec):
         known = self.name, type(value), value
         try:
             return _VALID[known]
-        except (KeyError, TypeError):  # not seen before; or no key, as a list is none
+        except (KeyError, TypeError):  # not seen before, or not hashable, such as a list
             pass
         try:
             converted = super().validate(value)
@@ -100,7 +100,7 @@ def _problem(name: str, value: Any, converted: Any) -> str | None:
     if name == "seed":
         if value is None or (type(converted) is int and type(value) is not bool):
             return None
-        return "must be an integer, or be left out to take --random-seed"
+        return "must be an integer; leave it out to use --random-seed"
     if converted is None:
         kind = "true or false" if name in ("int8_mask", "normalize", "rescale") else "a number"
         return f"must be {kind}"
@@ -114,10 +114,10 @@ def _problem(name: str, value: Any, converted: Any) -> str | None:
 
 
 def _planned_for(per_model: bool) -> str:
-    """Return `` of model M for tensor T`` for the value that mergekit is just resolving.
+    """Return `` of model M for tensor T`` for the value that mergekit is currently resolving.
 
-    mergekit tells a parameter no more than the value, but its callers know the rest. They are
-    asked only here, when there is an error to word.
+    mergekit passes a parameter only the value, but its callers know the rest. Their frames are
+    read only here, to word an error.
     """
     model = tensor = None
     frame = inspect.currentframe()
@@ -151,7 +151,7 @@ class DareMethod(GroupMergeMethod):
                 DareParameter("seed", int | None, ParameterScope.SHARED, default=None),
                 DareParameter("sampling", str, ParameterScope.SHARED, default="uniform"),
                 DareParameter("rounding", str, ParameterScope.SHARED, default="nearest"),
-                # For old configs: the built-in's masks were tensors, ours are never stored.
+                # For old configs: mergekit's own masks are tensors, ours are never stored.
                 DareParameter("int8_mask", bool, ParameterScope.SHARED, default=False),
             ),
             contract=InputContract(base=BasePolicy.REQUIRED),
@@ -167,14 +167,14 @@ class DareMethod(GroupMergeMethod):
         """Check the models that go into one tensor.
 
         Raises:
-            ValueError: there is no base model, a model is listed twice, or is quantized.
+            ValueError: there is no base model, or a model is listed twice or quantized.
 
         """
         if base_id is None:
             where = f" for {group_name}" if group_name else ""
             raise ValueError(
-                f"{self.spec.name} needs base_model{where}: the model that all the fine-tuned "
-                "models were trained from"
+                f"{self.spec.name} needs base_model{where}: the model that all the others "
+                "were fine-tuned from"
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         quantization.refuse(input_ids)
@@ -193,7 +193,7 @@ class DareMethod(GroupMergeMethod):
             ValueError: see :func:`mergekit_dare.kernel.merging.merge`.
 
         """
-        if torch.compiler.is_compiling():  # what calls us
+        if torch.compiler.is_compiling():  # our caller
             return _merge_uncompiled()(self, group, parameters)
         return self._merge(group, parameters)
 
@@ -235,7 +235,7 @@ class DareMethod(GroupMergeMethod):
 
 @cache
 def _merge_uncompiled() -> Callable[..., torch.Tensor]:
-    """Return :meth:`DareMethod._merge` as nobody compiles it; that imports torch's compiler."""
+    """Return :meth:`DareMethod._merge` exempt from compilation; this imports torch's compiler."""
     merge: Callable[..., torch.Tensor] = torch.compiler.disable(DareMethod._merge)
     return merge
 
@@ -243,9 +243,9 @@ def _merge_uncompiled() -> Callable[..., torch.Tensor]:
 def _seed_of_torch() -> int:
     """Return the seed that torch was given, as by mergekit's ``--random-seed``, else 0.
 
-    ``torch.initial_seed()`` reads it without a draw. A process that was given none starts with
-    64 random bits, which would make every merge another one. Seeds that were given are those
-    under 2**32: ``--random-seed`` takes no others, and random bits are so once in 2**32.
+    ``torch.initial_seed()`` reads it without a draw. A process that was not given one starts with
+    64 random bits, which would make every merge a different one. A seed under 2**32 counts as
+    given: ``--random-seed`` takes no others, and random bits are that small once in 2**32.
     """
     seed = torch.initial_seed()
     return seed if seed < 1 << 32 else 0

@@ -1,7 +1,7 @@
-"""Whether a model's files hold codes in place of weights.
+"""Whether a model's files contain codes instead of weights.
 
 mergekit converts codes to the dtype of the merge as if they were weights, before a merge method
-sees them. So this is told from what the files say of themselves, at the time of planning.
+sees them. So this is judged from what the files say about themselves, while mergekit plans.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from mergekit_dare.plugin.headers import read as read_header
 
-# Codes as safetensors' headers name them: integers of a byte, floats of a byte and less.
+# Dtypes of codes, as safetensors' headers name them: integers of a byte, floats of up to a byte.
 _CODES = ("I8", "U8", "F8", "F4", "F6", "E8")
-# The parts that a quantized weight is made of, beside or in place of the weight.
+# The parts of a quantized weight, beside the weight or instead of it.
 _COMPANIONS = (
     "qweight",
     "weight_scale_inv",
@@ -33,8 +33,8 @@ def kind(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> str | None:
 
     Args:
         config: The content of its config.json.
-        dtypes: Of each stored tensor by name, as safetensors names them; empty if they are not
-            known. They decide: a config may have kept its settings after a model was dequantized.
+        dtypes: The dtype of each stored tensor, as safetensors names it; empty if unknown. They
+            decide: a config may have kept its settings after a model was dequantized.
 
     """
     settings = config.get("quantization_config")
@@ -57,7 +57,7 @@ def problem(model: str, found: str) -> str:
 
 
 def refuse(models: Iterable[object]) -> None:
-    """Refuse models of this machine that are quantized.
+    """Refuse models on this machine that are quantized.
 
     Args:
         models: mergekit's references; other identifiers are passed over.
@@ -75,7 +75,7 @@ def refuse(models: Iterable[object]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _kind_of_folder(path: str) -> str | None:
-    """Look at a folder once in a process; what cannot be read is left to mergekit."""
+    """Examine a folder once per process; what cannot be read is left to mergekit."""
     folder = Path(path)
     try:
         if not folder.is_dir():

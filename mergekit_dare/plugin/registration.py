@@ -1,8 +1,8 @@
 """Putting the merge methods of the entry-point group into mergekit's registry.
 
-The group is ``mergekit.merge_methods``. Each entry point is named as the method is in a
-config and refers to a ``mergekit.merge_methods.MergeMethod``. A method whose name mergekit
-has already replaces mergekit's own: existing configs gain without an edit.
+The group is ``mergekit.merge_methods``. Each entry point has the name that the method has in a
+config, and refers to a ``mergekit.merge_methods.MergeMethod``. A method with the name of one of
+mergekit's own replaces it: existing configs benefit without an edit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def register() -> bool:
 
     if (problem := _host_problem()) is not None:
         LOG.warning(
-            "mergekit-dare is not active, mergekit's own DARE methods stay in place: %s", problem
+            "mergekit-dare is not active, so mergekit's own DARE methods stay in place: %s", problem
         )
         return False
     _deferred = False
@@ -52,24 +52,24 @@ def register() -> bool:
 def finish_deferred() -> None:
     """Register now, if a registration found ``mergekit_dare.plugin.methods`` half imported.
 
-    A program that imports that module first makes it import mergekit, which fires the import
-    hook, which needs that very module. It calls this function on its last line.
+    In a program that imports that module first, the module imports mergekit, which triggers the
+    import hook, which needs that very module. The module calls this function on its last line.
     """
     if _deferred:
         mergekit_dare.register()
 
 
 def is_active() -> bool:
-    """Tell whether mergekit has been imported and gives our methods."""
+    """Tell whether mergekit has been imported and returns our methods."""
     get = getattr(sys.modules.get(autoload.HOST_MODULE), "get", None)
     try:
         return get is not None and all(type(get(n)).__module__ == METHODS_MODULE for n in OURS)
-    except RuntimeError:  # it knows no such method
+    except RuntimeError:  # it has no such method
         return False
 
 
 def _entry_points() -> list[EntryPoint]:
-    """Return ours, also where no metadata is installed (PYTHONPATH), then other packages'."""
+    """Return ours, even where no metadata is installed (PYTHONPATH), then other packages'."""
     ours = [EntryPoint(name, f"{METHODS_MODULE}:{name}", GROUP) for name in OURS]
     others = [point for point in entry_points(group=GROUP) if point.name not in OURS]
     return ours + sorted(others, key=lambda point: (point.name, point.value))
@@ -93,7 +93,7 @@ def _register_entry_point(entry_point: EntryPoint) -> bool:
         if method.spec.name != entry_point.name:
             raise ValueError(f"the method's own name is {method.spec.name!r}")
         _replace(method)
-    except (Exception, SystemExit) as error:  # a broken plugin must not take the others along
+    except (Exception, SystemExit) as error:  # a broken plugin must not break the others
         LOG.warning(
             "mergekit-dare could not register the merge method %s from %s: %s: %s",
             entry_point.name,
@@ -106,7 +106,7 @@ def _register_entry_point(entry_point: EntryPoint) -> bool:
 
 
 def _load(entry_point: EntryPoint) -> Any:
-    """Load a method, made anew if it stems from a mergekit that the process has since forgotten."""
+    """Load a method, again if it was made by a mergekit that the process has since unloaded."""
     from mergekit import merge_methods
 
     method = entry_point.load()
@@ -133,11 +133,11 @@ def _replace(method: Any) -> None:
 
     registry._METHODS[method.spec.name] = method
     if registry.get(method.spec.name) is not method:
-        raise RuntimeError("mergekit's registry does not take it; is this mergekit too new?")
+        raise RuntimeError("mergekit's registry did not accept it; this mergekit may be too new")
 
 
 def _host_problem() -> str | None:
-    """Say in one sentence why this mergekit cannot take our methods, or return ``None``."""
+    """Say in one sentence why this mergekit cannot use our methods, or return ``None``."""
     try:
         found = version("mergekit")
     except PackageNotFoundError:  # a source tree on PYTHONPATH; its registry decides
@@ -150,12 +150,15 @@ def _host_problem() -> str | None:
     from mergekit.merge_methods import registry
 
     if not isinstance(getattr(registry, "_METHODS", None), dict):
-        return f"mergekit {found} keeps its methods elsewhere; upgrade mergekit-dare"
+        return (
+            f"mergekit {found} keeps its methods where mergekit-dare cannot find them; "
+            "upgrade mergekit-dare"
+        )
     return None
 
 
 def is_too_old(mergekit_version: str) -> bool:
-    """Tell whether a version of mergekit is older than any that we work with."""
+    """Tell whether a version of mergekit is older than all that we support."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", mergekit_version)[:3])
     return numbers < OLDEST_MERGEKIT
 

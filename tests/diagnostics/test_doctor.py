@@ -25,9 +25,9 @@ def test_all_is_well() -> None:
     result = run_command("mergekit-dare", "doctor", PATH=path)
     lines = result.stdout.splitlines()
     assert all(line.startswith("ok ") for line in lines)
-    assert lines[-3] == "ok  this interpreter: dare_linear and dare_ties: ours"
-    assert lines[-2].endswith("mergekit-yaml): dare_linear and dare_ties: ours")
-    assert re.match(r"ok  Numba: \d.*, which keeps what it compiles in .*mergekit-dare", lines[-1])
+    assert lines[-3] == "ok  this interpreter: dare_linear and dare_ties from mergekit-dare"
+    assert lines[-2].endswith("mergekit-yaml): dare_linear and dare_ties from mergekit-dare")
+    assert re.match(r"ok  Numba: \d.*, which keeps compiled code in .*mergekit-dare", lines[-1])
     report = json.loads(run_command("mergekit-dare", "doctor", "--json", PATH=path).stdout)
     assert [line["remedy"] for line in report] == [None] * len(report)
 
@@ -37,10 +37,10 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
-    assert "OFF MERGEKIT_DARE: 0\n    Take MERGEKIT_DARE out of the env" in result.output
-    assert "OFF this interpreter: dare_linear and dare_ties: mergekit's own" in result.output
+    assert "OFF MERGEKIT_DARE: 0\n    Unset MERGEKIT_DARE in the env" in result.output
+    assert "OFF this interpreter: dare_linear and dare_ties from mergekit itself" in result.output
     assert "mergekit-yaml (" in result.output
-    assert "(not on the PATH: call it so)" in result.output
+    assert "(not on the PATH; call it by this path)" in result.output
 
 
 def test_versions_and_start_up_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_scripts_that_start_python_in_other_ways(kind: str, tmp_path: Path, ask:
     folder = script(tmp_path / "bin", text)
     line = ask(str(folder))
     assert line.name == f"mergekit-yaml ({folder}/mergekit-yaml)"
-    assert (line.found, line.remedy) == ("dare_linear and dare_ties: ours", None)
+    assert (line.found, line.remedy) == ("dare_linear and dare_ties from mergekit-dare", None)
 
 
 def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path, ask: Ask) -> None:
@@ -116,7 +116,7 @@ def test_a_command_that_is_no_python(tmp_path: Path, ask: Ask) -> None:
 def test_beside_this_interpreter_but_not_on_the_path(ask: Ask) -> None:
     line = ask("/nowhere")
     assert line.remedy is None
-    assert line.found.endswith("ours (not on the PATH: call it so)")
+    assert line.found.endswith("(not on the PATH; call it by this path)")
 
 
 def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 def test_a_full_disk_is_no_verdict(tmp_path: Path) -> None:
-    """Of check, 1 would say that there are errors, and of verify that a model is another one."""
+    """From check, 1 would mean errors, and from verify a model that its config did not make."""
     config = tmp_path / "dare.yml"
     config.write_text("merge_method: dare_ties\n")
     with Path("/dev/full").open("w") as full:

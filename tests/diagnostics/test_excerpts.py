@@ -104,7 +104,7 @@ def test_near_to_all_of_it(models: Path, tmp_path: Path) -> None:
     again = inspection.inspect_config(path, quiet)
     assert inspect_text.as_json(again) == inspect_text.as_json(sampled)
     text = inspect_text.as_text(sampled)
-    assert text.startswith(f"From a sample: {sampled.share_read:.2%} of the bytes")
+    assert text.startswith(f"From a sample of {sampled.share_read:.2%} of the bytes")
     assert not inspect_text.as_text(whole).startswith("From a sample")
     assert inspect_text.as_json(sampled)["share_of_bytes_read"] == sampled.share_read
 

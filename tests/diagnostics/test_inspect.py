@@ -228,7 +228,7 @@ def test_command(family: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", path, "--quiet"])
     assert result.exit_code == 0, result.output
     assert "verdict        small deltas, as after supervised fine-tuning" in result.output
-    assert "verdict        suspected wrong base" in result.output
+    assert "verdict        suspected wrong base model" in result.output
     assert "at density 0.25" in result.output
     assert "opposite signs in" in result.output
     result = CliRunner().invoke(main, ["inspect", path, "--quiet", "--json"])
@@ -291,7 +291,7 @@ def test_a_model_that_equals_the_base_beside_another(family: Path, tmp_path: Pat
     folder = copy(family, tmp_path, lambda _: zoo.load(family / "base"))
     code, out, _ = run(write(config(folder, "math", "code"), tmp_path / "c.yml"))
     assert code == 0
-    assert "the model equals the base" in out
+    assert "the model equals the base model" in out
 
 
 def test_a_model_of_nan_and_json(family: Path, tmp_path: Path) -> None:
@@ -312,8 +312,8 @@ def test_nothing_compared(family: Path, tmp_path: Path) -> None:
     folder = copy(family, tmp_path, lambda t: {k: v[:1] for k, v in t.items()})
     code, out, _ = run(write(config(folder, "math", "code"), tmp_path / "c.yml"))
     assert code == 0
-    assert "no tensor of it could be compared with the base" in out
-    assert f"shapes differ: (1, 32) in {folder / 'math'}, (128, 32) in the base" in out
+    assert "none of its tensors could be compared with the base model" in out
+    assert f"shapes differ: (1, 32) in {folder / 'math'} but (128, 32) in the base" in out
     assert "small deltas" in out  # of the other one
 
 
@@ -347,7 +347,7 @@ def test_unusable_inputs(family: Path, tmp_path: Path) -> None:
     damaged = write(config(folder, "math"), tmp_path / "damaged.yml")
     for arguments, message in (
         ([str(broken)], "broken.yml cannot be read as YAML"),
-        ([path, "--device", "cuda:99"], "--device cuda:99 is of no use here"),
+        ([path, "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         ([damaged], f"{file} is truncated: it has 5000 bytes"),
         ([path, "--plot", str(tmp_path / "no" / "p.png")], "No such file"),
     ):
@@ -422,7 +422,7 @@ def test_what_rounding_leaves(tmp_path: Path) -> None:
     # a unit's size towards 0, where the mantissa overflows, so a little more.
     assert report.change.stochastic_noise == pytest.approx(math.sqrt(0.21) / 0.3, rel=0.2)
     (advice,) = report.advice()
-    assert "rounding: stochastic keeps its expectation" in advice
+    assert "rounding: stochastic preserves it on average" in advice
     settings["parameters"]["rounding"] = "stochastic"
     assert inspection.inspect_config(write(settings, tmp_path / "c.yml")).advice() == []
 

@@ -41,9 +41,9 @@ def test_one_sentence_for_each_model_that_leaves_the_range() -> None:
     watch.look(base(), models, "third")
     large, other = watch.warnings()
     share = re.fullmatch(
-        r"model large: about (\d+\.\d)% of its deltas are above 0.03, too large for DARE, or it "
-        r"has another base \(arXiv 2311.03099, section 4.5\), most of all in tensor second; "
-        r"look at it with: mergekit-dare inspect CONFIG",
+        r"model large: about (\d+\.\d)% of its deltas are above 0.03, too large for DARE, or "
+        r"its base model is a different one \(arXiv 2311.03099, section 4.5\), most of all in "
+        r"tensor second; inspect it with: mergekit-dare inspect CONFIG",
         large,
     )
     assert share is not None
@@ -52,11 +52,13 @@ def test_one_sentence_for_each_model_that_leaves_the_range() -> None:
         for t in (tuned(LARGE_SCALE), tuned(2 * LARGE_SCALE))
     ]
     assert float(share[1]) == pytest.approx((2 * expected[0] + expected[1]) / 3, rel=0.1)
-    assert other.startswith("model other base: the norm of its deltas is 141% of the base's, too")
+    assert other.startswith(
+        "model other base: the norm of its deltas is 141% of the base model's, too"
+    )
     assert watch.warnings() == []
     watch.look(base(), models[1:2], "")  # as of mergekit's functions for Python
     (sentence,) = watch.warnings()
-    assert "section 4.5); look at it" in sentence
+    assert "section 4.5); inspect it" in sentence
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_never_over_a_file_without_force(models: Path, tmp_path: Path) -> None:
     file.write_text("mine")
     result = suggest(models / "base", models / "a", "-o", file)
     assert result.exit_code == 2
-    assert "is there already; --force writes over it" in result.stderr
+    assert "already exists; use --force to overwrite it" in result.stderr
     assert file.read_text() == "mine"
     assert suggest(models / "base", models / "a", "-o", file, "--force").exit_code == 0
     assert file.read_text().startswith("merge_method: dare_ties\n")

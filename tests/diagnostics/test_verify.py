@@ -72,7 +72,7 @@ def test_a_match(method: str, llamas: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     code, said = verify(tmp_path / "out")
     assert code == 0, said
-    assert said.startswith(f"The same to the byte: {count} tensors (")
+    assert said.startswith(f"Identical to the byte: {count} tensors (")
     assert said.count("\n") == 1
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
@@ -99,8 +99,14 @@ PATTERNS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "zeros": (lambda t: {k: torch.zeros_like(v) for k, v in t.items()}, "all zeros"),
     "missing": (lambda t: {k: v for k, v in t.items() if k != PROJ}, f"missing: {PROJ}"),
     "additional": (lambda t: t | {"x": torch.ones(1)}, "additional: x"),
-    "shape": (lambda t: t | {PROJ: t[PROJ][:3]}, f"{PROJ}: shape [3, 32], merged again [48, 32]"),
-    "dtype": (lambda t: t | {PROJ: t[PROJ].float()}, "dtype float32, merged again bfloat16"),
+    "shape": (
+        lambda t: t | {PROJ: t[PROJ][:3]},
+        f"{PROJ}: shape [3, 32], but [48, 32] when merged again",
+    ),
+    "dtype": (
+        lambda t: t | {PROJ: t[PROJ].float()},
+        "dtype float32, but bfloat16 when merged again",
+    ),
 }
 
 
@@ -124,9 +130,9 @@ def test_an_input_or_the_base_itself(llamas: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 0}, "is as merged with seed: 0, where the config has 3"),
-        ({"sampling": "magnitude"}, "is as merged with sampling: magnitude"),
-        ({"rounding": "stochastic"}, "is as merged with rounding: stochastic"),
+        ({"seed": 0}, "is the merge with seed: 0, but the config has 3"),
+        ({"sampling": "magnitude"}, "is the merge with sampling: magnitude"),
+        ({"rounding": "stochastic"}, "is the merge with rounding: stochastic"),
     ],
 )
 def test_another_recipe(
@@ -171,7 +177,7 @@ def test_rounded_elsewhere(llamas: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.yml").write_text(yaml.safe_dump(plain | {"out_dtype": "bfloat16"}))
     code, said = verify(out, "--config", str(tmp_path / "plain.yml"))
     assert code == 1
-    assert "is as merged from float32 inputs and rounded afterwards" in said
+    assert "is the merge of float32 inputs, rounded afterwards" in said
 
 
 def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str], str]]:
@@ -206,7 +212,7 @@ def unverifiable(llamas: Path, tmp_path: Path) -> dict[str, tuple[Path, list[str
         "from another folder": (
             out,
             ["--config", str(elsewhere)],
-            "there is no model models/of/mine/a; verify from the folder of the merge",
+            "there is no model models/of/mine/a; run verify in the folder where the merge was run",
         ),
     }
 
@@ -315,7 +321,7 @@ def test_single_files_and_several_configs(llamas: Path, tmp_path: Path) -> None:
     config = str(tmp_path / "multi" / "in.yml")
     one = tmp_path / "multi" / "between" / "one"
     code, said = verify(one, "--config", config)
-    assert (code, "choose one with --name" in said) == (2, True)
+    assert (code, "choose one of these with --name" in said) == (2, True)
     assert verify(one, "--config", config, "--name", "one")[0] == 0
 
 

@@ -40,7 +40,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A home where the loops are compiled, and what is merged."""
     home = tmp_path_factory.mktemp("a home")
     merged = merge(home)
-    assert merged.stderr.count("Numba compiles the loops") == 1
+    assert merged.stderr.count("Numba is compiling the merge loops") == 1
     return home, merged.stdout
 
 
@@ -66,9 +66,9 @@ def test_a_damaged_cache(warm: tuple[Path, str], tmp_path: Path) -> None:
         target = tmp_path / file.relative_to(home)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes()[:-100])
-    mended = merge(tmp_path)
-    assert mended.stdout == expected
-    assert "without Numba" not in mended.stderr
+    fixed = merge(tmp_path)
+    assert fixed.stdout == expected
+    assert "without Numba" not in fixed.stderr
     assert merge(tmp_path).stderr == ""
 
 
@@ -76,7 +76,7 @@ def test_without_a_cache(warm: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     merged = merge(tmp_path, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert merged.stdout == warm[1]
-    assert merged.stderr.count("Numba compiles anew in each process") == 1
+    assert merged.stderr.count("Numba compiles again in each process") == 1
 
 
 def test_the_user_names_a_cache(warm: tuple[Path, str], tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_user_names_a_cache(warm: tuple[Path, str], tmp_path: Path) -> None:
             "pip install --upgrade numba",
         ),
         ("raise RuntimeError('broken')", {}, "broken; pip install --upgrade numba"),
-        (None, {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set; take it out"),
+        (None, {"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set; unset it"),
     ],
     ids=["too new numpy", "missing", "broken", "switched off"],
 )
@@ -127,7 +127,7 @@ def test_settings_of_numba_have_a_cache_of_their_own(
     """One merge without optimization must not make all others slow."""
     slow = merge(tmp_path, NUMBA_OPT="0", NUMBA_DEVELOPER_MODE="0")
     assert slow.stdout == warm[1]
-    assert "Numba compiles the loops" in merge(tmp_path).stderr
+    assert "Numba is compiling the merge loops" in merge(tmp_path).stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
@@ -138,7 +138,7 @@ def test_a_full_disk(warm: tuple[Path, str], tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
     merged = run_command(sys.executable, "-c", ignored, check=True, cwd=None, **home)
     assert merged.stdout == warm[1]
-    assert merged.stderr.count("compiles anew in each process") == 1
+    assert merged.stderr.count("compiles again in each process") == 1
     assert "File too large" in merged.stderr
     assert "without Numba" not in merged.stderr
 

@@ -44,7 +44,7 @@ def test_the_key_of_the_cpu(dtype: torch.dtype) -> None:
 def test_errors(combine: Combine) -> None:
     base, tuned = family(1, 300)
     tuned[0][7] = float("nan")
-    with pytest.raises(ValueError, match="gives 1 of 300 deltas that are NaN or infinite"):
+    with pytest.raises(ValueError, match="makes 1 of 300 deltas NaN or infinite"):
         merging.merge(base.cuda(), models([tuned[0].cuda()], 1.0, 0.5), recipe(combine))
 
 

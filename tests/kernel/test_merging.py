@@ -448,10 +448,10 @@ def test_non_finite_deltas(combine: Combine) -> None:
     base, tuned = family(2, 300)
     tuned[1][7] = math.nan
     tuned[1][9] = math.inf
-    with pytest.raises(ValueError, match=r"tensor w of model model-1 gives 2 of 300 deltas"):
+    with pytest.raises(ValueError, match=r"tensor w of model model-1 makes 2 of 300 deltas"):
         merging.merge(base, models(tuned, 1.0, 0.5), recipe(combine))
     # Dropped or not, kept or not: the mask must not hide it.
-    with pytest.raises(ValueError, match=r"tensor w of model model-1 gives 2 of 300 deltas"):
+    with pytest.raises(ValueError, match=r"tensor w of model model-1 makes 2 of 300 deltas"):
         merging.merge(base, models(tuned, 1.0, 0.001), recipe(combine))
     merged = merging.merge(base, models(tuned, [1.0, 0.0], 0.5), recipe(combine))
     assert bool(merged.isfinite().all())
@@ -461,7 +461,7 @@ def test_non_finite_deltas(combine: Combine) -> None:
 def test_non_finite_base(combine: Combine) -> None:
     base, tuned = family(1, 300)
     base[5] = math.inf
-    with pytest.raises(ValueError, match=r"tensor w of the base model gives 1 of 300 deltas"):
+    with pytest.raises(ValueError, match=r"tensor w of the base model makes 1 of 300 deltas"):
         merging.merge(base, models(tuned, 1.0, 0.5), recipe(combine))
 
 
@@ -507,7 +507,7 @@ def test_unsupported_dtype() -> None:
 def test_other_shapes_and_devices() -> None:
     base = torch.zeros(4, 5)
     for other, found in ((torch.zeros(20), r"\(20,\) on cpu"), (base.to("meta"), "on meta")):
-        with pytest.raises(ValueError, match=f"tensor w of model model-0 has shape .*{found}, and"):
+        with pytest.raises(ValueError, match=f"tensor w of model model-0 has shape .*{found}, but"):
             merging.merge(base, models([other]), recipe(Combine.LINEAR))
 
 

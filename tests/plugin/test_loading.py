@@ -339,7 +339,11 @@ def fake_mergekit(environment: Environment, version: str, registry: str) -> None
     [
         ("0.1.4", "_METHODS = {}", "mergekit 0.1.4 is too old; upgrade with: pip install"),
         ("0.0.9.dev1", "", "mergekit 0.0.9.dev1 is too old"),
-        ("0.9.0", "METHODS = {}", "mergekit 0.9.0 keeps its methods elsewhere; upgrade merge"),
+        (
+            "0.9.0",
+            "METHODS = {}",
+            "mergekit 0.9.0 keeps its methods where mergekit-dare cannot find them",
+        ),
     ],
 )
 def test_an_incompatible_mergekit(
@@ -379,7 +383,7 @@ def test_entry_points_of_other_packages(packages: Path, wheel: Path, tmp_path: P
         "def first(group: TensorGroup) -> torch.Tensor:\n"
         "    return group.entries[0].tensor\n"
     )
-    (environment.site / "leaving.py").write_text("raise SystemExit('no licence')\n")
+    (environment.site / "leaving.py").write_text("raise SystemExit('no license')\n")
     metadata = environment.site / "other-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
@@ -396,7 +400,7 @@ def test_entry_points_of_other_packages(packages: Path, wheel: Path, tmp_path: P
     assert printed.endswith("first\n")
     lines = sorted(said.splitlines())
     assert len(lines) == 3
-    assert "leaves from leaving:method: SystemExit: no licence" in lines[0]
+    assert "leaves from leaving:method: SystemExit: no license" in lines[0]
     assert "missing from nowhere:method: ModuleNotFoundError" in lines[1]
     assert "wrong_name from other:first: ValueError: the method's own name is 'first'" in lines[2]
 

@@ -176,7 +176,7 @@ BAD = [
     ("weight", "heavy", "must be a number"),
     ("lambda", float("nan"), "must be a finite number"),
     ("normalize", "perhaps", "must be true or false"),
-    ("seed", 1.5, "must be an integer, or be left out to take --random-seed"),
+    ("seed", 1.5, "must be an integer; leave it out to use --random-seed"),
     ("seed", "lucky", "must be an integer"),
     ("seed", True, "must be an integer"),
     ("sampling", "magnitud", "must be uniform or magnitude; did you mean magnitude?"),
@@ -245,7 +245,7 @@ def test_a_missing_weight(llamas: Path, tmp_path: Path) -> None:
 def test_non_finite_deltas_name_the_model(tmp_path: Path) -> None:
     base, tuned = family(2, 10)
     tuned[0][3] = float("nan")
-    with pytest.raises(ValueError, match="tensor w of model 1 gives 1 of 10 deltas"):
+    with pytest.raises(ValueError, match="tensor w of model 1 makes 1 of 10 deltas"):
         merge(dare_linear, base, tuned, density=0.5)
 
 
@@ -270,7 +270,7 @@ def test_errors_of_tensors_without_a_name() -> None:
     parameters = {"weight": [0.5], "density": 0.25}
     for inputs, start in (
         ([base.int(), tuned.int()], "tensor of the base model has dtype int32"),
-        ([base, tuned / 0], "tensor of model 1 gives 40 of 40 deltas"),
+        ([base, tuned / 0], "tensor of model 1 makes 40 of 40 deltas"),
         ([base.half(), base.half() + 6e4], "merged tensor overflows float16"),
     ):
         with pytest.raises(ValueError, match=f"^{start}"):

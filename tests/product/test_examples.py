@@ -55,7 +55,7 @@ def test_models_are_made_and_merged(
             assert zoo.moved(zoo.load(folder), base) > 0.2
     assert not list(folders["base"].parent.glob("*.unfinished"))
     script.main()
-    assert "there already" in capsys.readouterr().out
+    assert "already exist" in capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
     for example in EXAMPLES:

@@ -102,7 +102,7 @@ def remove_shard(folder: Path) -> None:
 
 # What is done, what the last line of mergekit-yaml says, what `check --files` says, None where
 # headers do not tell.
-NOT_FINITE = f"tensor {TENSOR} of model {{b}} gives 1 of 1536 deltas that are NaN or infinite"
+NOT_FINITE = f"tensor {TENSOR} of model {{b}} makes 1 of 1536 deltas NaN or infinite"
 FAULTS: dict[str, tuple[Callable[[Path], None], str, str | None]] = {
     "cut off": (
         cut_off,

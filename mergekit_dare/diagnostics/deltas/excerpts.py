@@ -1,8 +1,8 @@
-"""Excerpts of tensors: evenly spread, the same in every run, read without the rest of the file.
+"""Excerpts of tensors: evenly spread, the same in every run, without reading the whole file.
 
-An excerpt is made of blocks, one in each of as many equal stretches of a tensor, at a place that
-the multiples of the golden ratio give, so that blocks do not fall on the same columns of every row.
-Of safetensors only the pages of those blocks are read, through a memory map.
+An excerpt consists of blocks. A tensor is divided into equal stretches, one for each block, and the
+multiples of the golden ratio place the blocks within them, so that they do not fall on the same
+columns of every row. From safetensors, only the pages of those blocks are read, by a memory map.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 from mergekit_dare.plugin import headers
 from mergekit_dare.plugin.headers import StoredTensor
 
-# Of each tensor: this share of its elements, but never fewer than LEAST if it has them.
+# From each tensor: this share of its elements, but at least LEAST if it has that many.
 SHARE = 1 / 128
 LEAST = 1 << 16
-# Elements of a block: a page of a file in bfloat16.
+# Elements in a block: in bfloat16, a page of a file.
 BLOCK = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-# As safetensors names them; others have no deltas.
+# By the names of safetensors; tensors of other dtypes have no deltas.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -43,8 +43,8 @@ def starts(count: int, ahead: int = 0) -> list[int] | None:
 
     Args:
         count: Its number of elements.
-        ahead: How many elements a page of the file holds before its first one: blocks begin with
-            a page, so that no more pages are read than need be.
+        ahead: How many elements of its first page precede it in the file: blocks begin at pages,
+            so that no more pages are read than necessary.
 
     """
     blocks = math.ceil(max(LEAST, count * SHARE) / BLOCK)
@@ -69,8 +69,8 @@ class Excerpt:
     """An excerpt of a tensor.
 
     Attributes:
-        values: Of :func:`excerpt`.
-        shape: The tensor's.
+        values: What :func:`excerpt` returns.
+        shape: The shape of the whole tensor.
 
     """
 
@@ -85,14 +85,14 @@ class Excerpt:
 
 @dataclass
 class Bytes:
-    """How many bytes of tensors there are, and how many of them were read: whole pages."""
+    """How many bytes the tensors have, and how many of them were read, in whole pages."""
 
     there: int = 0
     read: int = 0
 
     @property
     def share(self) -> float:
-        """Fraction that was read."""
+        """The fraction that was read."""
         return self.read / self.there if self.there else 1.0
 
 
@@ -101,7 +101,7 @@ class ExcerptReader:
     """Reads excerpts of the tensors that mergekit would load; used by one thread.
 
     Attributes:
-        bytes: What was read so far.
+        bytes: What has been read so far.
 
     """
 
@@ -111,8 +111,8 @@ class ExcerptReader:
     def read(self, gather: GatherTensors) -> dict[object, Excerpt] | None:
         """Return excerpts of what a task would load, by model.
 
-        ``None`` if there is none of one of them: it is pickled, or not there under any name, so
-        that mergekit may make it of others.
+        ``None`` if one of the tensors has no excerpt: it is pickled, or is not stored under any of
+        its names, so that mergekit may convert it from others.
         """
         found: dict[object, Excerpt] = {}
         parts: list[tuple[LoadTensor, _MappedTensor]] = []
@@ -128,14 +128,14 @@ class ExcerptReader:
                 return None
             parts.append((load, stored))
         for load, stored in parts:
-            # The same elements of all models, whose files have most often the same layout.
+            # The same elements of all models, whose files mostly have the same layout.
             values = stored.read(parts[0][1].ahead, self.bytes)
             dtype = dtype_from_name(load.dtype) or values.dtype
             found[load.model] = Excerpt(values.to(dtype), stored.shape)
         return found
 
     def count_whole(self, tensors: dict[object, Tensor]) -> None:
-        """Note that tensors were read as a whole."""
+        """Note that tensors were read completely."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.bytes.there += size
         self.bytes.read += size
@@ -151,7 +151,7 @@ class _MappedTensor:
     """A tensor in a mapped file.
 
     Attributes:
-        vector: Its elements, of which none was read.
+        vector: Its elements, none of which has been read.
         shape: Its shape.
         first: Where it begins in the file, in bytes.
 
@@ -163,11 +163,11 @@ class _MappedTensor:
 
     @property
     def ahead(self) -> int:
-        """How many elements the page that it begins in could hold before it."""
+        """How many elements of the page that it begins in precede it."""
         return self.first % mmap.PAGESIZE // self.vector.element_size()
 
     def read(self, ahead: int, read: Bytes) -> Tensor:
-        """Return a copy of its excerpt, and count what is read: whole pages."""
+        """Return a copy of its excerpt, and count what is read, in whole pages."""
         size, count = self.vector.element_size(), self.vector.numel()
         read.there += count * size
         places = starts(count, ahead)
@@ -209,6 +209,6 @@ class _MappedFile:
         if count == 0 or stored.first % dtype.itemsize:
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be written to: nobody does
+            warnings.simplefilter("ignore")  # about a read-only buffer: nothing is written
             vector = torch.frombuffer(self.content, dtype=dtype, count=count, offset=stored.first)
         return _MappedTensor(vector, stored.shape, stored.first)

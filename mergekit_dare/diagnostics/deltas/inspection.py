@@ -37,12 +37,12 @@ from mergekit_dare.kernel.rounding import NARROW, Rounding, round_stochastically
 from mergekit_dare.kernel.sampling import Sampling
 
 STANDING_OUT = 5  # tensors that are named for each model
-CHANGED_BLOCKS = 8  # blocks of an excerpt that are merged, to see what becomes of them
+CHANGED_BLOCKS = 8  # blocks of an excerpt that are merged, to see what becomes of the change
 
 
 @dataclass
 class ModelReport:
-    """What was found of one fine-tuned model.
+    """What was found out about one fine-tuned model.
 
     Attributes:
         total: Statistics of all its deltas.
@@ -50,7 +50,7 @@ class ModelReport:
         noise_square_sums: Sum of the variances of the noise that DARE adds at the config's
             densities, by sampling.
         densities: Every density that the config gives it.
-        halves: Statistics of either half of the excerpts, for how much they differ.
+        halves: Statistics of each half of the excerpts, to see how much they differ.
 
     """
 
@@ -70,7 +70,7 @@ class ModelReport:
         return math.sqrt(self.noise_square_sums[sampling] / base) if base else math.inf
 
     def error(self) -> float:
-        """Return how far its figures may be off: what the halves of the excerpts differ by.
+        """Return how far off its figures may be: how much the halves of the excerpts differ.
 
         The larger of the relative differences of the 99 % quantile and of the relative norm.
         """
@@ -88,16 +88,16 @@ class ModelReport:
 
 @dataclass
 class MergedChange:
-    """What becomes of the merged change, lambda D, when it is drawn and rounded.
+    """What becomes of the merged change, lambda D, when deltas are dropped and it is rounded.
 
     Attributes:
         sampling: That of the config.
         rounding: That of the config.
-        dtype: What is rounded to.
-        square_sum: Sum of the squares of the change that is expected: nothing dropped, in float32.
-        kept: Product of the expected change with the one that is left after drawing and rounding
+        dtype: The dtype that it is rounded to.
+        square_sum: Sum of the squares of the expected change: nothing dropped, in float32.
+        kept: Product of the expected change with the one that remains after dropping and rounding
             to nearest.
-        stochastic_square_sum: Sum of the squares of what stochastic rounding adds as noise.
+        stochastic_square_sum: Sum of the squares of the noise that stochastic rounding adds.
 
     """
 
@@ -123,7 +123,7 @@ class MergedChange:
 
 @dataclass
 class Report:
-    """What was found of all models.
+    """What was found out about all models.
 
     Attributes:
         models: By name, in the order of the config.
@@ -131,7 +131,7 @@ class Report:
         change: What becomes of the merge in a narrow dtype; ``None`` for other methods and dtypes.
         left_out: Tensors that could not be compared, and why: one reason for each model.
         share_read: Fraction of the tensors' bytes that was read, in whole pages.
-        is_partial: Whether figures are those of excerpts.
+        is_partial: Whether the figures are from excerpts.
 
     """
 
@@ -150,8 +150,8 @@ class Report:
             share = change.survives
             if share is not None and not 0.9 < share < 1.1:
                 sentences.append(
-                    f"rounding to {change.dtype} makes {share:.0%} of the merged change; "
-                    "rounding: stochastic keeps its expectation"
+                    f"rounding to {change.dtype} scales the merged change to {share:.0%}; "
+                    "rounding: stochastic preserves it on average"
                 )
         for name, model in self.models.items():
             uniform, magnitude = (model.relative_noise(sampling) for sampling in Sampling)
@@ -161,8 +161,8 @@ class Report:
             if loud and magnitude < 0.9 * uniform:
                 less = 1 - magnitude / uniform
                 sentences.append(
-                    f"at its density, the noise of drawing is larger than the deltas of {name}; "
-                    f"sampling: magnitude takes {less:.0%} of it away"
+                    f"at the density of {name}, DARE adds noise that is larger than its deltas; "
+                    f"sampling: magnitude removes {less:.0%} of it"
                 )
         return sentences
 
@@ -188,22 +188,22 @@ def inspect_config(
     Args:
         path: A config as ``mergekit-yaml`` or ``mergekit-pytorch`` takes it, or a file with
             several as ``mergekit-multi`` takes it.
-        options: mergekit's own; of use are those that say how models are loaded, ``device`` and
+        options: mergekit's own; those used say how models are loaded, ``device`` and
             ``quiet``.
         name: Which config of a file with several.
-        full: Whether all of every tensor is read, not only an excerpt of it.
+        full: Whether every tensor is read completely, not only an excerpt of it.
 
     Raises:
         UnusableFileError: the file cannot be read, or a model's files are damaged.
         ValueError: the config has no base model or no fine-tuned model.
-        Exception: whatever mergekit raises of a config that it refuses.
+        Exception: whatever mergekit raises for a config that it refuses.
 
     """
     return inspect(Examination(choose(path, name), options), full=full)
 
 
 def inspect(examination: Examination, *, full: bool = False) -> Report:
-    """Measure the deltas of a config that was examined; as :func:`inspect_config`."""
+    """Measure the deltas of an examined config, as :func:`inspect_config` does."""
     options, path = examination.options, examination.document.path
     _check_device(options.device)
     planning.take_seed(options)
@@ -214,16 +214,16 @@ def inspect(examination: Examination, *, full: bool = False) -> Report:
         planned = (save.tensor_task for save in saves)
         merges = [task for task in planned if isinstance(task, ExecuteMergeMethodTask)]
         if examination.plan.base is None:
-            raise ValueError(f"{path} needs base_model: deltas are differences from it")
+            raise ValueError(f"{path} needs base_model, as deltas are differences from it")
         names = [str(model) for model in _in_order(merges)]
         if not names:
-            raise ValueError(f"{path} has no fine-tuned model beside the base model")
+            raise ValueError(f"{path} has no fine-tuned model besides the base model")
         pairs = {pair: PairStatistics() for pair in itertools.combinations(names, 2)}
         report = Report({name: ModelReport() for name in names}, pairs)
         reader = ExcerptReader()
         kept: dict[Any, Any] = {}
         if not full:
-            # In short operations, several threads wait longer than they work.
+            # In short operations, several threads would wait longer than they work.
             stack.enter_context(threads.single())
         for task in tqdm(merges, desc="Measuring deltas", disable=options.quiet):
             gather = task.gather_tensors
@@ -244,8 +244,8 @@ def inspect(examination: Examination, *, full: bool = False) -> Report:
 def _check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
-    except Exception as error:  # torch has a type of its own for each device that is not there
-        raise ValueError(f"--device {device} is of no use here: {error}") from error
+    except Exception as error:  # torch raises a different type for each missing device
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
 
 
 def _in_order(merges: list[ExecuteMergeMethodTask]) -> Iterator[ModelReference]:
@@ -264,7 +264,7 @@ def _add_tensor(
     tensors = {model: excerpt.values.to(device) for model, excerpt in found.items()}
     base = tensors.pop(task.base_model, None)
     if base is None or not base.is_floating_point():
-        report.left_out[name] = ["not in the base model" if base is None else "no floating point"]
+        report.left_out[name] = ["not in the base model" if base is None else "not floating-point"]
         return
     base_shape = found[task.base_model].shape
     fine_tuned, reasons = {}, []
@@ -274,7 +274,7 @@ def _add_tensor(
         if model not in tensors:
             reasons.append(f"not in {model}")
         elif found[model].shape != base_shape:
-            shapes = f"{found[model].shape} in {model}, {base_shape} in the base model"
+            shapes = f"{found[model].shape} in {model} but {base_shape} in the base model"
             reasons.append(f"shapes differ: {shapes}")
         else:
             fine_tuned[str(model)] = tensors[model]
@@ -309,7 +309,7 @@ def _add_tensor(
 def _measure(
     report: Report, base: Tensor, fine_tuned: dict[str, Tensor], factor: float
 ) -> dict[str, DeltaStatistics]:
-    """Measure the halves of an excerpt, every other block; return those of all of it by model."""
+    """Measure each half of an excerpt, every other block; return figures of all of it by model."""
     halves = [(base, fine_tuned)]
     if factor > 1:
         halves = [(base[k::2], {name: t[k::2] for name, t in fine_tuned.items()}) for k in (0, 1)]
@@ -334,9 +334,9 @@ def _add_change(
     tensors: dict[Any, Tensor],
     factor: float,
 ) -> None:
-    """Merge one tensor with and without drawing and rounding, and add what the one makes of it.
+    """Merge a tensor with and without dropping and rounding, and add how the results compare.
 
-    ``factor``: how many times as many elements it has as its excerpt, which is what is merged.
+    ``factor``: its number of elements over that of its excerpt, which is what is merged.
     """
     recipe = tasks.recipe_of(task)
     if recipe is None or base.dtype not in NARROW:
@@ -358,6 +358,6 @@ def _add_change(
 
 
 def _rounding_noise(merged: Tensor, dtype: torch.dtype, key: int) -> Tensor:
-    """Return what stochastic rounding to ``dtype`` adds; any draw is as good as a merge's own."""
+    """Return what stochastic rounding to ``dtype`` adds; any draw represents a merge's own."""
     lanes = unsigned_lanes(key, slice(0, merged.numel()), merged.device)
     return round_stochastically(merged, lanes, dtype).float() - merged

@@ -1,8 +1,8 @@
-"""One warning for each model whose deltas turn out too large for DARE while they are merged.
+"""One warning for each model whose deltas turn out to be too large for DARE during a merge.
 
 ``mergekit-dare inspect`` measures every delta before a merge; this watch looks at blocks of the
-tensors that are merged anyway, so that nobody learns it from a broken model. mergekit does not
-tell a merge method when a merge ends, so the warnings are logged when the process does: what
+tensors that are merged anyway, so that nobody has to learn it from a broken model. mergekit does
+not tell a merge method when a merge ends, so the warnings are logged when the process ends: what
 stands out is known only then, and the last lines of a long log are the ones that are read.
 """
 
@@ -27,9 +27,9 @@ LOG = logging.getLogger("mergekit_dare")
 # Elements that are looked at in each tensor: this many blocks, evenly spaced, of this length, or
 # all of it.
 BLOCKS, BLOCK = 64, 128
-# Tensors under LARGE_TENSOR are few of a model's deltas, and looking takes a good part of the time
-# of merging them. They are looked at while there was none that is larger: the first FEW, and of the
-# others one in EVERY. Those under SMALLEST are left out.
+# Tensors under LARGE_TENSOR hold few of a model's deltas, and looking at one takes a good part of
+# the time of merging it. They are looked at until a larger one comes: the first FEW, and one in
+# EVERY of the others. Those under SMALLEST are left out.
 LARGE_TENSOR = 1 << 19
 SMALLEST = 1 << 10
 FEW, EVERY = 64, 8
@@ -46,9 +46,9 @@ class Seen:
         large: Estimated number of them above ``LARGE``.
         square_sum: Estimated sum of their squares.
         base_square_sum: The same of the base's elements.
-        worst_tensor: The one with the largest share of large deltas, or, if none has any, with
+        worst_tensor: The tensor with the largest share of large deltas or, if none has any, with
             the largest norm.
-        worst: Those two figures of it.
+        worst: That tensor's share and norm.
 
     """
 
@@ -87,7 +87,9 @@ class RangeWatch:
             blocks[1:] -= theta_0
             magnitudes = blocks.abs_()
             norms = torch.linalg.vector_norm(magnitudes, dim=1)
-            large = magnitudes.gt_(LARGE).sum(1)  # in place: a bool tensor takes five times as long
+            large = magnitudes.gt_(LARGE).sum(
+                1
+            )  # in place: with a bool tensor, it takes five times as long
             (_, *large_counts), (base_norm, *delta_norms) = torch.stack([large, norms]).tolist()
         size = blocks.shape[1]
         scale = base.numel() / size
@@ -114,10 +116,10 @@ class RangeWatch:
             return self._small <= FEW or self._small % EVERY == 0
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each model that left the range, and forget all."""
+        """Return one sentence for each model that left the range, and forget everything."""
         with self._lock:
             sentences = [
-                f"model {name}: {problem}{_where(seen)}; look at it with: "
+                f"model {name}: {problem}{_where(seen)}; inspect it with: "
                 "mergekit-dare inspect CONFIG"
                 for name, seen in self._seen.items()
                 if (problem := _problem(seen)) is not None
@@ -144,16 +146,19 @@ def _blocks(tensor: Tensor) -> Tensor:
 def _problem(seen: Seen) -> str | None:
     if seen.square_sum > TOO_LARGE_NORM**2 * seen.base_square_sum:
         norm = math.sqrt(seen.square_sum / seen.base_square_sum) if seen.base_square_sum else 1.0
-        what = f"the norm of its deltas is {norm:.0%} of the base's"
+        what = f"the norm of its deltas is {norm:.0%} of the base model's"
     elif (share := seen.large / seen.elements) > LARGE_SHARE:
         what = f"about {share:.1%} of its deltas are above {LARGE}"
     else:
         return None
-    return f"{what}, too large for DARE, or it has another base (arXiv 2311.03099, section 4.5)"
+    return (
+        f"{what}, too large for DARE, or its base model is a different one "
+        "(arXiv 2311.03099, section 4.5)"
+    )
 
 
 def _where(seen: Seen) -> str:
-    """Name the worst tensor; those of mergekit's functions for Python may have no name."""
+    """Name the worst tensor; it may have no name in merges by mergekit's functions for Python."""
     return f", most of all in tensor {seen.worst_tensor}" if seen.worst_tensor else ""
 
 

@@ -1,7 +1,7 @@
 """Streaming statistics of deltas.
 
-Every element that is given is counted; memory is that of a few chunks beside the tensors. Figures
-of an excerpt are scaled to those of its tensor.
+Every given element is counted; beyond the tensors, memory is that of a few chunks. Figures of an
+excerpt are scaled to the whole tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BINS = 1 << (31 - _BIN_SHIFT)
 
 @dataclass(frozen=True, eq=False)
 class ChunkDeltas:
-    """One model's deltas of a chunk, in the forms that several figures are made from.
+    """One model's deltas in a chunk, in the forms that several figures are computed from.
 
     Attributes:
         delta: float32, or float64 for float64 models, shape (elements,).
@@ -63,13 +63,13 @@ class ChunkDeltas:
         return self._of(self.delta[kept])
 
 
-# Of statistics that have counted nothing; never changed.
+# The histogram of statistics that have not counted anything; never modified.
 _EMPTY = torch.zeros(_BINS, dtype=torch.float64)
 
 
 @dataclass
 class DeltaStatistics:
-    """What is known of one model's deltas, in one tensor or in all that were added.
+    """What is known about one model's deltas, in one tensor or in all that were added.
 
     Attributes:
         count: Number of elements.
@@ -80,7 +80,7 @@ class DeltaStatistics:
         base_square_sum: Sum of the base's squared elements.
         dot_base: Sum of delta times base.
         zeros: Number of deltas that are exactly 0.
-        non_finite: Number of deltas that are NaN or infinite; they count nowhere else.
+        non_finite: Number of deltas that are NaN or infinite; no other figure includes them.
         histogram: Number of |delta| in each bin; see :func:`bin_edges`.
 
     """
@@ -130,7 +130,7 @@ class DeltaStatistics:
 
         Args:
             other: Of another tensor, or of an excerpt.
-            factor: How many times as many elements the tensor has as its excerpt.
+            factor: The tensor's number of elements over that of its excerpt.
 
         """
         self.count += round(other.count * factor)
@@ -165,9 +165,9 @@ class DeltaStatistics:
 
     @property
     def undoing(self) -> float:
-        """How much of the deltas undoes the base: 0 for none, 1 for a model of equal norm.
+        """How much of the deltas cancels the base: 0 for none, 1 for an unrelated model.
 
-        With theta_k unrelated to theta_0, delta = theta_k - theta_0 has the product
+        For a theta_k of equal norm, unrelated to theta_0, delta = theta_k - theta_0 has the product
         -|theta_0|**2 with theta_0, and the square |theta_k|**2 + |theta_0|**2.
         """
         return -2 * self.dot_base / self.square_sum if self.square_sum else 0.0
@@ -187,7 +187,7 @@ class DeltaStatistics:
         """Return the |delta| that ``fraction`` of the deltas do not exceed, exact to 0.4 %."""
         if self.count == 0:
             return math.nan
-        # of an excerpt, counts are no whole numbers
+        # in an excerpt, counts are not whole numbers
         rank = min(max(1, math.ceil(fraction * self.count)), float(self.histogram.sum()))
         index = int(torch.searchsorted(self.histogram.cumsum(0), rank))
         edges = bin_edges()
@@ -198,7 +198,7 @@ class DeltaStatistics:
 def bin_edges() -> Tensor:
     """Return the lower edges of the histogram's bins and the last one's upper edge.
 
-    float64, shape (bins + 1,). The first bin holds 0 and what is next to it (below 1e-40).
+    float64, shape (bins + 1,). The first bin holds 0 and its neighborhood (below 1e-40).
     """
     bits = torch.arange(_BINS, dtype=torch.int32) << _BIN_SHIFT
     edges = bits.view(torch.float32).double()
@@ -211,8 +211,8 @@ class PairStatistics:
 
     Attributes:
         dot: Sum of the products of the two deltas.
-        square_sums: Sum of squares of the one, and of the other.
-        both: Number of elements that both change.
+        square_sums: Sum of the squares of the first, and of the second.
+        both: Number of elements that both models change.
         conflicts: Number of those that they change in opposite directions.
 
     """
@@ -223,7 +223,7 @@ class PairStatistics:
     conflicts: int = 0
 
     def add_chunk(self, first: ChunkDeltas, second: ChunkDeltas) -> None:
-        """Count the deltas of a chunk, but those that are not finite in either."""
+        """Count the deltas of a chunk, except where either is not finite."""
         if first.finite is not None or second.finite is not None:
             finite = torch.isfinite(first.delta) & torch.isfinite(second.delta)
             first, second = first.only(finite), second.only(finite)
@@ -254,7 +254,7 @@ class PairStatistics:
 
     @property
     def conflict_share(self) -> float:
-        """Fraction of the elements that both change which they change in opposite directions."""
+        """Of the elements that both models change, the fraction changed in opposite directions."""
         return self.conflicts / max(1, self.both)
 
 
@@ -283,7 +283,7 @@ def measure(base: Tensor, fine_tuned: Mapping[str, Tensor]) -> TensorStatistics:
     for base_chunk, *chunks in _chunks(vectors):
         wide = base_chunk.double()
         square_sum = float(torch.dot(wide, wide))
-        if not math.isfinite(square_sum):  # as of a causal mask, which every model has
+        if not math.isfinite(square_sum):  # as in a causal mask, which every model has
             wide = torch.where(torch.isfinite(wide), wide, 0)
             square_sum = float(torch.dot(wide, wide))
         deltas = {
@@ -313,7 +313,7 @@ def magnitude_noise(statistics: DeltaStatistics, density: float) -> float:
     """Return the sum of the variances that sampling by magnitude gives the deltas.
 
     With pi = min(1, c |delta|), it is the sum of |delta| / c - delta**2 over those with pi < 1. It
-    is made from the histogram, so it is exact to 1 %.
+    is computed from the histogram, so it is exact to 1 %.
     """
     edges = bin_edges()
     used = torch.nonzero(statistics.histogram[1:]).flatten().flip(0) + 1  # the largest first
@@ -324,7 +324,7 @@ def magnitude_noise(statistics: DeltaStatistics, density: float) -> float:
         return math.inf
     if float(counts.sum()) <= wanted or not len(used):
         return 0.0
-    # With the k largest bins kept for certain, c shares out what is left among the others.
+    # With the k largest bins always kept, c distributes the rest among the others.
     certain = counts.cumsum(0) - counts
     rest = (counts * sizes).flip(0).cumsum(0).flip(0)
     c = (wanted - certain) / rest

@@ -1,8 +1,8 @@
 """The verdict on a model's deltas: whether DARE suits them, and at which density.
 
 The paper (arXiv 2311.03099, section 4.5) finds that DARE works where deltas are small: those of
-supervised fine-tuning (SFT) are mostly within 0.005, and drop rates of 0.9 and more do no harm;
-after continued pre-training they reach 0.03, and DARE becomes impractical.
+supervised fine-tuning (SFT) are mostly within 0.005, and drop rates of 0.9 and above do no harm;
+after continued pre-training, they reach 0.03, and DARE becomes impractical.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from mergekit_dare.diagnostics.deltas.statistics import DeltaStatistics
 
 SMALL, LARGE = 0.005, 0.03
-LARGE_SHARE = 0.001  # of deltas above LARGE: more, and DARE is impractical
-# The delta of an unrelated model takes the base's weights away and puts its own in their place:
-# as much of it undoes the base as not. That of a model trained on from the base does so hardly.
+LARGE_SHARE = 0.001  # of deltas above LARGE, beyond which DARE is impractical
+# The delta of an unrelated model removes the base's weights and puts its own in their place, so
+# half of it cancels the base. That of a model trained from the base hardly does so.
 UNRELATED_NORM, UNRELATED_UNDOING = 0.1, (0.5, 1.5)
-# A model is the odd one out if its relative norm is so many times the median of the others.
+# A model is the odd one out if its relative norm exceeds this multiple of the others' median.
 OUTLIER_FACTOR = 10.0
 
 
@@ -51,23 +51,25 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
     """
     typical = statistics.quantile(0.99)
     norm = statistics.relative_norm
-    figures = f"99 % of |delta| within {typical:.2g}, relative norm {norm:.2g}"
+    figures = f"99% of |delta| within {typical:.2g}, relative norm {norm:.2g}"
     if not statistics.count and not statistics.non_finite:
         return Verdict(
             "not compared",
-            "no tensor of it could be compared with the base",
+            "none of its tensors could be compared with the base model",
             1.0,
-            "see below why; it may be of another architecture, or have another base",
+            "see the reasons below; it may have a different architecture or base model",
         )
     if statistics.non_finite:
         return Verdict(
             "not finite",
             f"{statistics.non_finite} deltas are NaN or infinite: the merge will stop there",
             1.0,
-            "mend the model first",
+            "fix the model first",
         )
     if statistics.square_sum == 0:
-        return Verdict("no change", "the model equals the base", 1.0, "there is nothing to drop")
+        return Verdict(
+            "no change", "the model equals the base model", 1.0, "there is nothing to drop"
+        )
     norms = sorted(other.relative_norm for other in others)
     median = norms[len(norms) // 2] if norms else math.nan
     odd = median > 0 and norm > OUTLIER_FACTOR * median and statistics.share_above(SMALL) > 0.01
@@ -76,10 +78,10 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
     unrelated = norm > UNRELATED_NORM and low < statistics.undoing < high
     large_share = statistics.share_above(LARGE)
     if unrelated or (odd and large_share <= LARGE_SHARE):
-        why = ", and they undo the base's weights" if unrelated else ""
+        why = ", and the deltas cancel the base model's weights" if unrelated else ""
         return Verdict(
             "wrong base",
-            f"suspected wrong base: {figures}{compared}{why}",
+            f"suspected wrong base model: {figures}{compared}{why}",
             1.0,
             "check which model it was fine-tuned from before dropping anything",
         )
@@ -96,11 +98,11 @@ def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -
             "small",
             f"small deltas, as after supervised fine-tuning: {figures}",
             0.1,
-            "the paper drops 90 to 99 % of such deltas without harm",
+            "the paper drops 90 to 99% of such deltas without harm",
         )
     return Verdict(
         "medium",
         f"deltas between the paper's small and large ones: {figures}",
         0.5,
-        "drop half, compare, and only then go on",
+        "drop half, evaluate, and only then drop more",
     )

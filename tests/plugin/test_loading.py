@@ -357,7 +357,7 @@ def test_an_incompatible_mergekit(
     printed, said = environment.code(import_twice)
     assert printed == ""
     assert said.count("\n") == 1
-    assert said.startswith("mergekit-dare is not active, mergekit's own DARE methods stay in pl")
+    assert said.startswith("mergekit-dare is not active, so mergekit's own DARE methods stay in")
     assert reason in said
     environment.run("-W", "error", "-c", import_twice)
 

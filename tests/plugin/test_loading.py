@@ -74,7 +74,7 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with links to all packages of this environment but this project."""
+    """A folder with links to all packages of this environment except this project."""
     folder = tmp_path_factory.mktemp("packages")
     for path in SITE.iterdir():
         if "mergekit_dare" not in path.name and path.suffix != ".pth":
@@ -363,7 +363,7 @@ def test_an_incompatible_mergekit(
 
 
 def test_a_method_that_cannot_be_loaded(wheel: Path, tmp_path: Path) -> None:
-    """Here without torch: two sentences, and mergekit works on."""
+    """Here without torch: two sentences, and mergekit still works."""
     environment = Environment(tmp_path / "venv", packages=None)
     environment.install(str(wheel))
     fake_mergekit(environment, "0.1.5", "_METHODS = {}")

@@ -24,7 +24,7 @@ SCRIPTS = Path(sys.executable).parent
 PROJECT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__file__,
-    reason="there is no g++, or torch's compiler does not bear the space in torch's path",
+    reason="there is no g++, or torch's compiler cannot handle the space in torch's path",
 )
 
 

@@ -1,4 +1,4 @@
 """The arithmetic of DARE on plain tensors.
 
-Imports torch, Numba and the standard library: nothing from mergekit, a config or another wing.
+Imports torch, NumPy, Numba and the standard library; nothing of mergekit or of another wing.
 """

@@ -177,7 +177,7 @@ def round_by_carry(n, out, result, lanes):
 
 
 @loop
-def round_to_neighbour(n, out, result, lanes, limits):
+def round_to_neighbor(n, out, result, lanes, limits):
     """Round stochastically in units in the last place: up where the lane is below the rest."""
     eps, smallest, limit = limits
     for i in range(n):
@@ -253,11 +253,11 @@ def write_stochastically(n, result, address, dtype, start, lanes):
     """Round the block of the output, in bfloat16 or float16, stochastically."""
     place = pointer(address + U64(SIZES[dtype] * start))
     if dtype == FLOAT16:
-        round_to_neighbour(n, carray(place, n, I16), result, lanes, LIMITS_OF_FLOAT16)
+        round_to_neighbor(n, carray(place, n, I16), result, lanes, LIMITS_OF_FLOAT16)
     elif result.itemsize == 4:
         round_by_carry(n, carray(place, n, U16), result, lanes)
     else:
-        round_to_neighbour(n, carray(place, n, U16), result, lanes, LIMITS_OF_BFLOAT16)
+        round_to_neighbor(n, carray(place, n, U16), result, lanes, LIMITS_OF_BFLOAT16)
 
 
 # -- what Python calls -----------------------------------------------------------------------------

@@ -35,8 +35,8 @@ _SMALLEST_LINEAR_DIVISOR = 1e-8
 # Numbers beyond these can make float32 products under- or overflow although the results would not:
 # then the arithmetic is in float64.
 _LEAST_FACTOR, _GREATEST_FACTOR = 2.0**-60, 2.0**60
-# Elements that torch works on at once. On a CPU, it does not split operations on so few among threads;
-# an accelerator needs enough to be busy, and has 250 MB of temporary tensors.
+# Elements that torch works on at once. On a CPU, it does not split operations on so few among its
+# threads; an accelerator needs enough to be busy, and has 250 MB of temporary tensors.
 CPU_PIECE, ACCELERATOR_PIECE = 1 << 15, 1 << 22
 
 
@@ -159,8 +159,8 @@ def plan(base: Tensor, models: Sequence[FineTuned], recipe: Recipe) -> Job:
                 rescale = LANE_VALUES / t
             factor, weight = model.weight * rescale * factor_unit, model.weight * weight_unit
             terms.append(Term(model.name, k, theta, key, t, c, factor, weight))
-        # A floating-point sum depends on its order, but the order of the models in a config must not
-        # matter.
+        # A floating-point sum depends on its order, but the order of the models in a config must
+        # not matter.
         terms.sort(key=lambda term: (term.key, term.t, term.c, term.factor))
         key_of_rounding = None
         if stochastic:

@@ -1,8 +1,9 @@
 """The one rounding at the end of a merge: to nearest, or stochastic and thereby unbiased.
 
-In bfloat16, rounding to nearest loses a change of less than half a unit in the last place, and makes
-a larger one a whole unit. Stochastic rounding takes one of the two neighbors, with probabilities
-such that the mean is the number itself. A number that the dtype can represent stays as it is.
+In bfloat16, rounding to nearest loses a change of less than half a unit in the last place, and
+makes a larger one a whole unit. Stochastic rounding takes one of the two neighbors, with
+probabilities such that the mean is the number itself. A number that the dtype can represent stays
+as it is.
 """
 
 from __future__ import annotations

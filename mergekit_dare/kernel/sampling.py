@@ -13,8 +13,8 @@ that no delta but 0 has probability 0:
     T_i = min(65536, ceil(c |delta_i| 65536))
 
 This module finds c. It is the same on every machine, since it is computed only from sums of whole
-numbers, in any order: the T_i for a trial c. Large tensors are judged by a sample of their elements,
-which is enlarged until it is exact enough; the elements are the same in every run.
+numbers, in any order: the T_i for a trial c. Large tensors are judged by a sample of their
+elements, which is enlarged until it is exact enough; the elements are the same in every run.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _Sample:
         return t if self.largest * scale < most - 1 else t.clamp_(max=most)
 
     def standard_error(self, scale: float) -> float:
-        """Return the standard error of the mean of T / 65536, from how the sample's blocks differ."""
+        """Return that of the mean of T / 65536, judged by how the sample's blocks differ."""
         (magnitudes,) = self.pieces
         sums = self._t(magnitudes, scale, LANE_VALUES).view(-1, BLOCK).sum(1).long()
         count, total = sums.numel(), int(sums.sum())

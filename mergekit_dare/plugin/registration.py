@@ -150,7 +150,10 @@ def _host_problem() -> str | None:
     from mergekit.merge_methods import registry
 
     if not isinstance(getattr(registry, "_METHODS", None), dict):
-        return f"mergekit {found} keeps its methods where mergekit-dare cannot find them; upgrade mergekit-dare"
+        return (
+            f"mergekit {found} keeps its methods where mergekit-dare cannot find them; "
+            "upgrade mergekit-dare"
+        )
     return None
 
 

@@ -124,7 +124,7 @@ def merge_of(folder: Path, base: str, *names: str, **more: Any) -> Config:
 
 
 def sliced(folder: Path, *ranges: tuple[str, int, int]) -> Config:
-    """One slice for each range: the base, and if it is another, the named model."""
+    """One slice for each range: the base and, if it is not the base, the named model."""
     slices: list[dict[str, Any]] = []
     for name, first, last in ranges:
         sources: list[dict[str, Any]] = [
@@ -279,7 +279,7 @@ def test_single_files(models: Path, tmp_path: Path) -> None:
 
 
 def test_an_index_beside_a_whole_file(models: Path, tmp_path: Path) -> None:
-    """mergekit reads the index where there is one, and the file beside it is of no account."""
+    """mergekit reads the index where there is one, and ignores the file beside it."""
     folder = tmp_path / "a"
     shutil.copytree(models / "a", folder)
     tensors = load_file(folder / "model.safetensors")

@@ -69,7 +69,7 @@ def rope(**changes: Any) -> Edit:
 
 
 def remade(architecture: str, **changes: Any) -> Edit:
-    """Put another model in its place."""
+    """Put a different model in its place."""
 
     def edit(model: Path) -> None:
         shutil.rmtree(model)

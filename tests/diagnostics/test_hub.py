@@ -66,7 +66,7 @@ def merge_of(model: str, base: str = "me/base") -> Config:
 
 
 def check(models: list[str], folder: Path, environment: dict[str, str]) -> dict[str, list[Any]]:
-    """Check one config for each model; return what is found in each but that there is a seed."""
+    """Check one config for each model; return the findings of each, except on the seed."""
     paths = [write(merge_of(m), folder / f"{n}.yml") for n, m in enumerate(models)]
     command = ["mergekit-dare", "check", "--files", "--json", *paths]
     result = run(folder, environment, *command)
@@ -135,7 +135,7 @@ def test_tokenizers_of_the_hub(server: HubServer, tmp_path: Path) -> None:
 
 
 def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
-    """Offline, and where nobody answers; a progress bar tells that one waits."""
+    """Offline, and where no server answers; a progress bar shows that the command is waiting."""
     offline = environment(server, tmp_path, HF_HUB_OFFLINE="1")
     findings = check(["me/a"], tmp_path, offline)
     message = findings["me/a"][0]["message"]

@@ -34,7 +34,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, two fine-tuned models, one with large deltas, and one of another base."""
+    """A base, two fine-tuned models, one with large deltas, and one with a different base."""
     folder = tmp_path_factory.mktemp("family")
     make = zoo.ARCHITECTURES["llama"]
     torch.manual_seed(0)
@@ -279,7 +279,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def copy(family: Path, tmp_path: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """A family whose ``math`` is another one."""
+    """A family with a different ``math``."""
     for name in ("base", "math", "code"):
         shutil.copytree(family / name, tmp_path / name)
     tensors = change(zoo.load(tmp_path / "math"))

@@ -344,7 +344,7 @@ def test_a_comment_switches_off_one_line(tmp_path: Path) -> None:
 
 
 def test_an_ignored_error_hides_nothing(tmp_path: Path) -> None:
-    """What mergekit says of a line that a rule has spoken of is shown once the rule is ignored."""
+    """What mergekit says about a line that a rule reports is shown once the rule is ignored."""
     path = tmp_path / "c.yml"
     path.write_text(CLEAN.replace("density: 0.3\n  -", "density: 30\n  -"))
     assert ids(str(path)) == {"invalid-parameter-value"}

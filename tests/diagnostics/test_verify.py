@@ -294,7 +294,7 @@ def test_other_ways_to_merge(kind: str, llamas: Path, tmp_path: Path) -> None:
 
 
 def test_interrupting(llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is none of the three answers, and nothing is left."""
+    """It is none of the three answers, and leaves nothing behind."""
     out = merged(llamas, tmp_path)
 
     def interrupt(*_: object) -> None:

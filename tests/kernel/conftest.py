@@ -18,7 +18,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(autouse=True)
 def _numba_works() -> None:
-    """Else all tests of loops would be of torch."""
+    """Otherwise all tests of the loops would test torch."""
     assert merging.compiled_cpu(torch.float32) is cpu
     assert merging.compiled_cpu(torch.float64) is cpu
 

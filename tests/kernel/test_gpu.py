@@ -1,4 +1,4 @@
-"""On an accelerator: the bytes of the CPU, from a workspace that does not grow."""
+"""On an accelerator: the same bytes as on the CPU, from a workspace that does not grow."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def recipe(combine: Combine, **settings: object) -> Recipe:
 def scales_of(
     base: Tensor, tuned: list[Tensor], densities: list[float], settings: Recipe
 ) -> list[float | None] | None:
-    """The product's own c of each model, which tests/kernel/test_sampling.py checks."""
+    """The product's own c for each model, which tests/kernel/test_sampling.py checks."""
     if settings.sampling is Sampling.UNIFORM:
         return None
     dtypes = {base.dtype, *(theta.dtype for theta in tuned)}

@@ -83,7 +83,7 @@ def test_density_0_and_1(combine: Combine, dtype: torch.dtype) -> None:
 @EACH_NARROW
 @BOTH
 @pytest.mark.parametrize("sampling", list(Sampling), ids=lambda s: s.value)
-def test_a_neighbour_and_unbiased(combine: Combine, dtype: torch.dtype, sampling: Sampling) -> None:
+def test_a_neighbor_and_unbiased(combine: Combine, dtype: torch.dtype, sampling: Sampling) -> None:
     """Over 300 seeds, the mean error is within 6 standard errors (1e-6 at 2,000 elements)."""
     base, tuned = family(2, 2000, dtype=dtype, scale=0.0001)
     weights, densities = [0.4, 0.3], [1.0, 1.0]

@@ -25,7 +25,7 @@ MANY = range(10**5)
 
 @pytest.fixture(autouse=True)
 def _four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever the machine has; and nothing may be left as it was not."""
+    """Whatever the machine has; everything must be left as it was."""
     monkeypatch.setattr(threads, "cores", lambda: 4)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -228,7 +228,7 @@ def test_a_forked_child_waits_for_no_thread_of_torch(
     of_first: Callable[[torch.Tensor], torch.Tensor],
     parameters: dict[str, Any],
 ) -> None:
-    """Not in what mergekit calls, whatever the tensors are."""
+    """Not in what mergekit calls, whatever the tensors."""
     size = 1 << 19  # torch splits every operation on so many
     base, tuned = family(8, size, dtype=torch.bfloat16)
     base, first = of_base(base), of_first(tuned[0])

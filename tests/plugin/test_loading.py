@@ -74,7 +74,7 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with links to all packages of this environment but this project."""
+    """A folder with links to all packages of this environment except this project."""
     folder = tmp_path_factory.mktemp("packages")
     for path in SITE.iterdir():
         if "mergekit_dare" not in path.name and path.suffix != ".pth":
@@ -389,13 +389,13 @@ def test_an_incompatible_mergekit(
     printed, said = environment.code(import_twice)
     assert printed == ""
     assert said.count("\n") == 1
-    assert said.startswith("mergekit-dare is not active, mergekit's own DARE methods stay in pl")
+    assert said.startswith("mergekit-dare is not active, so mergekit's own DARE methods stay in")
     assert reason in said
     environment.run("-W", "error", "-c", import_twice)
 
 
 def test_a_method_that_cannot_be_loaded(wheel: Path, tmp_path: Path) -> None:
-    """Here without torch: two sentences, and mergekit works on."""
+    """Here without torch: two sentences, and mergekit still works."""
     environment = Environment(tmp_path / "venv", packages=None)
     environment.install(str(wheel))
     fake_mergekit(environment, "0.1.5", "_METHODS = {}")
@@ -415,7 +415,7 @@ def test_entry_points_of_other_packages(packages: Path, wheel: Path, tmp_path: P
         "def first(group: TensorGroup) -> torch.Tensor:\n"
         "    return group.entries[0].tensor\n"
     )
-    (environment.site / "leaving.py").write_text("raise SystemExit('no licence')\n")
+    (environment.site / "leaving.py").write_text("raise SystemExit('no license')\n")
     metadata = environment.site / "other-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
@@ -432,7 +432,7 @@ def test_entry_points_of_other_packages(packages: Path, wheel: Path, tmp_path: P
     assert printed.endswith("first\n")
     lines = sorted(said.splitlines())
     assert len(lines) == 3
-    assert "leaves from leaving:method: SystemExit: no licence" in lines[0]
+    assert "leaves from leaving:method: SystemExit: no license" in lines[0]
     assert "missing from nowhere:method: ModuleNotFoundError" in lines[1]
     assert "wrong_name from other:first: ValueError: the method's own name is 'first'" in lines[2]
 

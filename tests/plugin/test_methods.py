@@ -296,7 +296,7 @@ def test_a_merge_inside_a_transform() -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_a_merge_inside_compiled_code(tmp_path: Path) -> None:
-    """torch.compile around a merge leaves the merge as it is, and torch works on after it."""
+    """torch.compile around a merge leaves the merge as it is, and torch still works afterwards."""
     program = """
 import torch
 from mergekit.merge_methods import merge_tensors

@@ -34,7 +34,7 @@ def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_models_are_made_and_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The script itself, with a few training steps in place of hundreds."""
+    """The script itself, with a few training steps instead of hundreds."""
     script = load_script("make_models", monkeypatch)
     show = load_script("show_merge", monkeypatch)
     monkeypatch.setattr(script, "FOLDER", tmp_path / "examples" / "models")

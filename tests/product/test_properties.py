@@ -54,7 +54,7 @@ def cases(count: int) -> Callable[..., Any]:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """Return the result, or the exception that there is instead; failed assertions go through."""
+    """Return the result, or the exception that is raised; failed assertions go through."""
     try:
         return function(), None
     except AssertionError:
@@ -200,7 +200,7 @@ def _small_pieces() -> Any:
 @cases(2500)
 @given(merges())
 def test_any_merge(case: Case) -> None:
-    """Right to the error bound, or an error for the very reason that there is."""
+    """Right to within the error bound, or an error that gives the actual reason."""
     bad = 0
     for theta in case.used:
         delta = theta.to(case.wide) - case.base.to(case.wide)

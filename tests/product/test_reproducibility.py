@@ -126,7 +126,7 @@ def test_the_default_seed_is_the_same_in_every_process(llamas: Path, tmp_path: P
 
 
 def test_chained_merges_draw_anew(llamas: Path, tmp_path: Path) -> None:
-    """The output of a merge, merged again at the same seed, keeps d * d of the deltas."""
+    """The output of a merge, merged again with the same seed, keeps d * d of the deltas."""
     once = config(llamas, "dare_linear", "a")
     once["models"][0]["parameters"] = {"weight": 1.0, "density": 0.5}
     first = merge_yaml(once, tmp_path / "1")

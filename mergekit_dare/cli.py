@@ -24,6 +24,7 @@ class _Command(NamedTuple):
 COMMANDS = {
     "check": _Command("Find what is wrong with configs, without reading a weight."),
     "doctor": _Command("See whether the plugin is active, and what mends it if it is not."),
+    "explain": _Command("Say what each tensor gets, without reading a weight."),
     "inspect": _Command("Measure the deltas of a config."),
     "suggest": _Command("Write a config to start from."),
     "verify": _Command("Merge again, and compare the bytes.", "It cannot be told: "),

@@ -23,6 +23,7 @@ from mergekit_dare.diagnostics.findings import Finding, Severity, UnusableFileEr
 from mergekit_dare.diagnostics.models.examined import ExaminedModels
 from mergekit_dare.diagnostics.models.files import is_local
 from mergekit_dare.diagnostics.plan import planning, tasks
+from mergekit_dare.diagnostics.plan.planning import Planned
 from mergekit_dare.plugin.headers import StoredTensor
 
 
@@ -117,7 +118,7 @@ class MergePlan:
             for model in self.config.referenced_models()
         }
 
-    @cached_property
+    @property
     def saves(self) -> list[SaveTensor]:
         """The tensors that the merge would save, in which models stand in for their adapters.
 
@@ -125,8 +126,18 @@ class MergePlan:
             Exception: whatever mergekit raises: the models do not fit, or are not there.
 
         """
+        return self._planned.saves
+
+    @property
+    def slices(self) -> dict[str, int]:
+        """The number of the slice that each tensor is of, by name; empty for single files."""
+        return self._planned.slices
+
+    @cached_property
+    def _planned(self) -> Planned:
         if self.is_of_single_files:
-            return planning.plan_single_files(plain(self.document.root), self._options)
+            saves = planning.plan_single_files(plain(self.document.root), self._options)
+            return Planned(saves, {})
         names = {model: self.models[model].files.tensors for model in self._remote}
         return planning.plan(self.config, self._options, merge_adapters=False, names=names)
 
@@ -157,17 +168,17 @@ class MergePlan:
                 raise UnusableFileError(problem)
         if self.is_of_single_files or not (self._remote or any(m.lora for m in models)):
             return self.saves
-        return planning.plan(self.config, options)
+        return planning.plan(self.config, options).saves
 
     @cached_property
     def tensors(self) -> list[PlannedTensor]:
         """What is merged of which stored tensors."""
         planned = [save.tensor_task for save in self.saves]
-        return [self._planned(task) for task in planned if isinstance(task, ExecuteMergeMethodTask)]
+        return [self._tensor(task) for task in planned if isinstance(task, ExecuteMergeMethodTask)]
 
-    def _planned(self, task: ExecuteMergeMethodTask) -> PlannedTensor:
+    def _tensor(self, task: ExecuteMergeMethodTask) -> PlannedTensor:
         planned = PlannedTensor(task)
-        for model, weight in tasks.gathered(task).weight_info.items():
+        for model, weight in tasks.input_weights(task).items():
             files = self.models[model].files
             planned.is_known &= bool(files.tensors)
             own_names = [weight.name, *(weight.aliases or ())]

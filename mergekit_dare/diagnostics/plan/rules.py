@@ -17,6 +17,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit_dare.diagnostics.config.nodes import get
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
 from mergekit_dare.diagnostics.plan import tasks
+from mergekit_dare.diagnostics.plan.filters import unmatched_filter
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
 
@@ -223,7 +224,7 @@ def _are(names: list[str]) -> str:
     return "are" if len(names) > 1 else "is"
 
 
-OF_SINGLE_FILES = (missing_in_a_file, other_shape_in_a_file)
+OF_SINGLE_FILES = (missing_in_a_file, other_shape_in_a_file, unmatched_filter)
 # On a plan that there may not be, and on one that there is.
 OF_ANY_PLAN = (layers_that_are_not_there, refused_plan)
 OF_A_PLAN = (
@@ -231,6 +232,7 @@ OF_A_PLAN = (
     missing_tensor,
     other_shape,
     left_out_tensor,
+    unmatched_filter,
     weights_on_the_hub,
     full_disk,
 )

@@ -15,6 +15,15 @@ from mergekit_dare.diagnostics.findings import Severity, UnusableFileError, cut,
 from mergekit_dare.diagnostics.plan import patterns
 from mergekit_dare.diagnostics.plan.explanation import ExplainedTensor, Explanation
 
+# Rules on what is an error, but not why mergekit cannot plan a merge.
+_IGNORED_BY_MERGEKIT = (
+    "unknown-key",
+    "unknown-parameter",
+    "misplaced-parameter",
+    "shared-parameter-of-a-model",
+    "repeated-key",
+)
+
 
 @click.command("explain")
 @click.argument("config")
@@ -80,7 +89,7 @@ def _explain(path: str, name: str | None) -> Explanation:
 def _refusal(examination: Examination, error: Exception) -> UnusableFileError:
     """Return the first error that check finds in a config, or else what mergekit says of it."""
     path = examination.document.path
-    for finding in checking.check([examination]):
+    for finding in checking.check([examination], ignored=_IGNORED_BY_MERGEKIT):
         if finding.severity is Severity.ERROR:
             return UnusableFileError(f"{path}:{finding.line}: {finding.message}")
     return UnusableFileError(f"{path}: mergekit cannot plan this merge: {cut(reason(error))}")

@@ -251,8 +251,8 @@ def _of_sums(tensors: list[ExplainedTensor], normalize: bool) -> str:
         return _of_one_weight(shown, sums, normalize)
     if normalize:
         return (
-            f"The weights add up to {shown}, and normalize divides by their sum (with TIES by that of "
-            "the elected sign): an average of the changes."
+            f"The weights add up to {shown}, and normalize divides by their sum, in dare_ties by "
+            "that of the elected sign: an average of the changes."
         )
     meanings = []
     if any(total < 1 and not math.isclose(total, 1) for total in sums):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -196,19 +196,29 @@ class MergePlan:
 def _converted(
     model_type: str, stored: Mapping[str, StoredTensor], names: list[str]
 ) -> tuple[StoredTensor | None, set[str]]:
-    """Let mergekit convert tensors without data, as it does for layouts of other releases."""
-    used: set[str] = set()
+    """Let mergekit convert tensors without data, as it does for layouts of other releases.
 
-    def source(name: str) -> torch.Tensor:
-        used.add(name)
-        return torch.empty(stored[name].shape, device="meta")
-
-    sources = {name: (lambda name=name: source(name)) for name in stored}
-    for name in names:
-        try:
-            tensor = convert_checkpoint_tensors(model_type, sources, name)
-        except Exception:  # it is asked for what it may not know
-            tensor = None
-        if tensor is not None:
-            return StoredTensor("", tuple(tensor.shape)), used
+    It looks at all that it is given, so it is given a layer first: there may be 20,000 experts.
+    """
+    number = next((part for part in names[0].split(".") if part.isdecimal()), None)
+    layer = {name: found for name, found in stored.items() if number in name.split(".")}
+    for some in (layer, stored):
+        used: set[str] = set()
+        sources = {name: _source(name, found, used) for name, found in some.items()}
+        for name in names:
+            try:
+                tensor = convert_checkpoint_tensors(model_type, sources, name)
+            except Exception:  # it is asked for what it may not know
+                tensor = None
+            if tensor is not None:
+                dtype = stored[min(used)].dtype if used else ""
+                return StoredTensor(dtype, tuple(tensor.shape)), used
     return None, set()
+
+
+def _source(name: str, stored: StoredTensor, used: set[str]) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        used.add(name)
+        return torch.empty(stored.shape, device="meta")
+
+    return load

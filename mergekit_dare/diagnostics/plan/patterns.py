@@ -33,8 +33,10 @@ def _fold(chosen: list[Parts], known: list[Parts]) -> list[str]:
     """Fold what comes after a common beginning of the names."""
     if len(chosen) == 1:
         return [".".join(chosen[0])]
-    is_numbered = all(_is_number(parts[0]) for parts in chosen if parts)
-    if len(chosen) == len(known) and all(chosen) and not is_numbered:
+    if () in chosen:  # a name with which others begin
+        return ["", *_fold([parts for parts in chosen if parts], known)]
+    is_numbered = all(_is_number(parts[0]) for parts in chosen)
+    if len(chosen) == len(known) and not is_numbered:
         return ["*"]
     tails, known_tails = _by_head(chosen), _by_head(known)
     heads: dict[tuple[bool, tuple[str, ...]], list[str]] = {}

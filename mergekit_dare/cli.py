@@ -24,6 +24,7 @@ class _Command(NamedTuple):
 COMMANDS = {
     "check": _Command("Find mistakes in configs without reading any weights."),
     "doctor": _Command("Check whether the plugin is active and, if not, how to fix it."),
+    "explain": _Command("Say what each tensor gets, without reading any weights."),
     "inspect": _Command("Measure the deltas of a config's models."),
     "suggest": _Command("Write a config to start from."),
     "verify": _Command("Repeat a merge and compare the bytes.", "Cannot verify: "),

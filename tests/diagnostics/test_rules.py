@@ -211,6 +211,17 @@ def of_files(folder: Path) -> Config:
     return config | {"base_model": f"{folder}/base/model.safetensors"}
 
 
+def a_filter(word: str) -> Callable[[Path], Config]:
+    """A config with a filter, and a value for what it does not take."""
+
+    def config(folder: Path) -> Config:
+        weight = [{"filter": word, "value": 1}, {"value": 0.5}]
+        parameters = {"weight": weight, "density": 0.5}
+        return {"models": [{"model": f"{folder}/a", "parameters": parameters}]}
+
+    return config
+
+
 NORM = "model.norm.weight"
 VOCABULARY = [*range(10), *range(127, 9, -1)]
 # By rule: what is changed in the models' folder, in which there were no problems.
@@ -256,12 +267,15 @@ WITH: dict[str, Callable[[Path], Config]] = {
     "refused-tokenizer": lambda f: {"tokenizer_source": "union"},
     "missing-in-a-file": of_files,
     "different-shape-in-a-file": of_files,
+    "unmatched-filter": a_filter("self_attn.q"),
 }
+
 # By rule: what is changed in the config alone.
 NAMES: dict[str, Callable[[Path], Config]] = {
     "unusable-adapter": lambda f: a_model(f"{f}/a+{f}/none"),
     "name-looked-up-on-the-hub": lambda f: a_model("a"),
     "missing-layers": too_many_layers,
+    "unmatched-filter": a_filter("self_atn.q"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from mergekit_dare.diagnostics.findings import Finding, Severity, UnusableFileEr
 from mergekit_dare.diagnostics.models.examined import ExaminedModels
 from mergekit_dare.diagnostics.models.files import is_local
 from mergekit_dare.diagnostics.plan import planning, tasks
+from mergekit_dare.diagnostics.plan.planning import Planned
 from mergekit_dare.plugin.headers import StoredTensor
 
 
@@ -123,7 +124,7 @@ class MergePlan:
             for model in self.config.referenced_models()
         }
 
-    @cached_property
+    @property
     def saves(self) -> list[SaveTensor]:
         """The tensors that the merge would save, planned as if no model had an adapter.
 
@@ -131,8 +132,18 @@ class MergePlan:
             Exception: whatever mergekit raises: the models do not fit, or do not exist.
 
         """
+        return self._planned.saves
+
+    @property
+    def slices(self) -> dict[str, int]:
+        """The number of the slice that each tensor is of, by name; empty for single files."""
+        return self._planned.slices
+
+    @cached_property
+    def _planned(self) -> Planned:
         if self.is_of_single_files:
-            return planning.plan_single_files(plain(self.document.root), self._options)
+            saves = planning.plan_single_files(plain(self.document.root), self._options)
+            return Planned(saves, {})
         names = {model: self.models[model].files.tensors for model in self._remote}
         return planning.plan(self.config, self._options, merge_adapters=False, names=names)
 
@@ -163,17 +174,17 @@ class MergePlan:
                 raise UnusableFileError(problem)
         if self.is_of_single_files or not (self._remote or any(m.lora for m in models)):
             return self.saves
-        return planning.plan(self.config, options)
+        return planning.plan(self.config, options).saves
 
     @cached_property
     def tensors(self) -> list[PlannedTensor]:
         """The tensors of the output, with the stored tensors that each is merged from."""
         planned = [save.tensor_task for save in self.saves]
-        return [self._planned(task) for task in planned if isinstance(task, ExecuteMergeMethodTask)]
+        return [self._tensor(task) for task in planned if isinstance(task, ExecuteMergeMethodTask)]
 
-    def _planned(self, task: ExecuteMergeMethodTask) -> PlannedTensor:
+    def _tensor(self, task: ExecuteMergeMethodTask) -> PlannedTensor:
         planned = PlannedTensor(task)
-        for model, weight in tasks.gathered(task).weight_info.items():
+        for model, weight in tasks.input_weights(task).items():
             files = self.models[model].files
             planned.is_known &= bool(files.tensors)
             own_names = [weight.name, *(weight.aliases or ())]
@@ -191,19 +202,29 @@ class MergePlan:
 def _converted(
     model_type: str, stored: Mapping[str, StoredTensor], names: list[str]
 ) -> tuple[StoredTensor | None, set[str]]:
-    """Let mergekit convert tensors without data, as it does for the layouts of other releases."""
-    used: set[str] = set()
+    """Let mergekit convert tensors without data, as it does for the layouts of other releases.
 
-    def source(name: str) -> torch.Tensor:
-        used.add(name)
-        return torch.empty(stored[name].shape, device="meta")
-
-    sources = {name: (lambda name=name: source(name)) for name in stored}
-    for name in names:
-        try:
-            tensor = convert_checkpoint_tensors(model_type, sources, name)
-        except Exception:  # it may not know this name
-            tensor = None
-        if tensor is not None:
-            return StoredTensor("", tuple(tensor.shape)), used
+    It looks at all that it is given, so it is given a layer first: there may be 20,000 experts.
+    """
+    number = next((part for part in names[0].split(".") if part.isdecimal()), None)
+    layer = {name: found for name, found in stored.items() if number in name.split(".")}
+    for some in (layer, stored):
+        used: set[str] = set()
+        sources = {name: _source(name, found, used) for name, found in some.items()}
+        for name in names:
+            try:
+                tensor = convert_checkpoint_tensors(model_type, sources, name)
+            except Exception:  # it may not know this name
+                tensor = None
+            if tensor is not None:
+                dtype = stored[min(used)].dtype if used else ""
+                return StoredTensor(dtype, tuple(tensor.shape)), used
     return None, set()
+
+
+def _source(name: str, stored: StoredTensor, used: set[str]) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        used.add(name)
+        return torch.empty(stored.shape, device="meta")
+
+    return load

@@ -6,17 +6,51 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import ConfigReader, MergeConfiguration
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.scripts import merge_raw_pytorch
+
+
+class Planned(NamedTuple):
+    """What mergekit would do.
+
+    Attributes:
+        saves: The tensors that it would save, with the tasks that make them.
+        slices: The number of the slice that each tensor is of, by name: gradients run over it.
+
+    """
+
+    saves: list[SaveTensor]
+    slices: dict[str, int]
+
+
+class _Planner(MergePlanner):
+    """mergekit's planner, which notes whose slice's parameters each tensor has."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.slices: dict[str, int] = {}
+
+    def plan_tensor(
+        self,
+        weight: WeightInfo,
+        weights_in: list[WeightInfo],
+        models: list[ModelReference],
+        cfg_reader: ConfigReader,
+    ) -> None:
+        super().plan_tensor(weight, weights_in, models, cfg_reader)
+        assert cfg_reader.module is not None
+        slices = cfg_reader.module.slices or []
+        found = (n for n, part in enumerate(slices) if part is cfg_reader.slice_out)
+        self.slices[weight.name] = next(found, 0)
 
 
 def plan(
@@ -25,8 +59,8 @@ def plan(
     *,
     merge_adapters: bool = True,
     names: Mapping[ModelReference, Iterable[str]] | None = None,
-) -> list[SaveTensor]:
-    """Return the tensors that mergekit-yaml would save, with the tasks that make them.
+) -> Planned:
+    """Return what mergekit-yaml would do.
 
     Args:
         config: As mergekit parses it; it is not changed.
@@ -58,10 +92,10 @@ def plan(
             cache.loaders[model] = plain.lazy_loader(cache_dir=options.transformers_cache)
     donor = config.base_model or config.referenced_models()[0]
     out_config = donor.config(trust_remote_code=options.trust_remote_code)
-    planner = MergePlanner(config, architecture, options, out_config)
+    planner = _Planner(config, architecture, options, out_config)
     # Planning writes nothing: the folder would be created only when the tasks are run.
     tasks = planner.plan_to_disk("unused")
-    return [task for task in tasks if isinstance(task, SaveTensor)]
+    return Planned([task for task in tasks if isinstance(task, SaveTensor)], planner.slices)
 
 
 @contextmanager

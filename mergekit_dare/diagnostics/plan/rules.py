@@ -27,6 +27,7 @@ from mergekit_dare.diagnostics.plan.completeness import (
     is_whole,
     some,
 )
+from mergekit_dare.diagnostics.plan.filters import unmatched_filter
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
 from mergekit_dare.kernel.formula import dtype_name
@@ -262,7 +263,7 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"
 
 
-OF_SINGLE_FILES = (missing_in_a_file, different_shape_in_a_file)
+OF_SINGLE_FILES = (missing_in_a_file, different_shape_in_a_file, unmatched_filter)
 # On whether mergekit can plan the merge, on the plan if it can, and on what comes out of it.
 OF_PLANNING = (missing_layers, refused_plan)
 OF_A_PLAN = (
@@ -271,6 +272,7 @@ OF_A_PLAN = (
     different_shape,
     tokens_without_rows,
     mixed_dtypes,
+    unmatched_filter,
     weights_on_the_hub,
     full_disk,
 )

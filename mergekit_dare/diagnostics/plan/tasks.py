@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit import merge_methods
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, SaveTensor
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 from torch import Tensor
@@ -86,6 +87,13 @@ def gathered(task: ExecuteMergeMethodTask) -> GatherTensors:
         gather = gather.gather_tensors
     assert isinstance(gather, GatherTensors)
     return gather
+
+
+def input_weights(task: ExecuteMergeMethodTask) -> dict[ModelReference, WeightInfo]:
+    """Return what a task loads of each model: single files have it under the output's name."""
+    if isinstance(task.gather_tensors, TensorDictWrapper):
+        return dict.fromkeys(task.model_order, task.output_weight)
+    return dict(gathered(task).weight_info.items())
 
 
 def aligns_tokens(task: ExecuteMergeMethodTask) -> bool:

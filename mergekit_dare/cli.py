@@ -19,9 +19,10 @@ class _Command(NamedTuple):
     before_error: str = ""
 
 
-# In mergekit_dare.commands, each in the module of its name, which is imported when it is called:
-# most of them bring mergekit and torch.
+# In mergekit_dare.commands, each in the module of its name (with underscores), which is imported
+# when it is called: most of them bring mergekit and torch.
 COMMANDS = {
+    "by-name": _Command("Merge every tensor by its name, whatever the architecture."),
     "check": _Command("Find what is wrong with configs, without reading a weight."),
     "doctor": _Command("See whether the plugin is active, and what mends it if it is not."),
     "inspect": _Command("Measure the deltas of a config."),
@@ -62,7 +63,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mergekit_dare.commands.{cmd_name}")
+        module = importlib.import_module(f"mergekit_dare.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

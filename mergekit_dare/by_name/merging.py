@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from mergekit.card import generate_card
-from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import FinalizeModel, SaveTensor
@@ -15,15 +14,13 @@ from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 
 import mergekit_dare
-from mergekit_dare.by_name import small_files
 from mergekit_dare.by_name.new_folder import new_folder, refuse_existing
-from mergekit_dare.diagnostics.config import chat_template, reading
+from mergekit_dare.by_name.small_files import SmallFiles
+from mergekit_dare.diagnostics.config import reading
 from mergekit_dare.diagnostics.config.document import BY_NAME
 from mergekit_dare.diagnostics.examination import Examination
-from mergekit_dare.diagnostics.findings import UnusableFileError
-from mergekit_dare.diagnostics.models.files import looks_like_the_hubs
+from mergekit_dare.diagnostics.findings import UnusableFileError, reason
 from mergekit_dare.diagnostics.plan import by_name, planning
-from mergekit_dare.diagnostics.plan.by_name import NotByNameError
 from mergekit_dare.diagnostics.verification import CARD_FILE, CONFIG_FILE
 
 
@@ -59,80 +56,17 @@ def merge(path: str, out: Path, options: MergeOptions) -> int:
             raise UnusableFileError(problem)
     with planning.cached_adapters(options) as options:
         saves = by_name.plan(config, options)
-        files = _SmallFiles(examination, donor, options)
-        source = _with_line(Path(path).read_text(encoding="utf-8"))
-        card = generate_card(_named_as_paths(config), source, out.name)
+        files = SmallFiles(examination, donor, options)
+        texts = {}
+        if options.write_model_card:
+            texts[CONFIG_FILE] = _with_line(Path(path).read_text(encoding="utf-8"))
+            texts[CARD_FILE] = _card(config, texts[CONFIG_FILE], out.name)
         with new_folder(out) as folder:
             files.write(folder)
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
             _execute(saves, folder, options)
-            if options.write_model_card:
-                (folder / CARD_FILE).write_text(card, encoding="utf-8")
-                (folder / CONFIG_FILE).write_text(source, encoding="utf-8")
     return len(saves)
-
-
-class _SmallFiles:
-    """What the output has beside its weights; nothing if its donor is a single file."""
-
-    def __init__(
-        self, examination: Examination, donor: ModelReference, options: MergeOptions
-    ) -> None:
-        self._config, self._donor = examination.config, donor
-        self._folder: Path | None = None
-        self._tokenizer: Path | None = None
-        self._template: str | None = None
-        source = _tokenizer_of(examination, donor)
-        if Path(donor.model.path).is_file():
-            if self._config.chat_template:
-                raise NotByNameError(f"chat_template is set, but {donor} is a file of weights")
-            return
-        self._folder = small_files.folder_of(donor, options)
-        if options.copy_tokenizer or source != donor:
-            self._tokenizer = small_files.folder_of(source, options)
-        if self._config.chat_template:
-            if self._tokenizer is None or examination.models[source].vocabulary is None:
-                raise NotByNameError(f"chat_template is set, but no tokenizer of {source} is taken")
-            self._template = chat_template.text_of(self._config)
-        models = [m for m in self._config.referenced_models() if m.model != donor.model]
-        folders = [small_files.folder_of(m, options) for m in models]
-        small_files.refuse_other_inner_weights(self._folder, folders)
-
-    def write(self, out: Path) -> None:
-        """Write them."""
-        if self._folder is None:
-            return
-        small_files.copy(self._folder, self._tokenizer, out)
-        small_files.write_settings(out, self._config, self._donor)
-        if self._template is not None:
-            small_files.write_chat_template(out, self._template)
-
-
-def _tokenizer_of(examination: Examination, donor: ModelReference) -> ModelReference:
-    """Return the model whose tokenizer the output takes.
-
-    Raises:
-        NotByNameError: rows of the embeddings would have to be moved.
-
-    """
-    config = examination.config
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    if source is None:
-        return donor
-    needs = "which tensors have rows of tokens is not told by names; merge with mergekit-yaml"
-    if source == "union":
-        raise NotByNameError(f"a union of tokenizers brings rows into another order: {needs}")
-    if config.tokenizer and (config.tokenizer.tokens or config.tokenizer.pad_to_multiple_of):
-        raise NotByNameError(f"tokens and pad_to_multiple_of of tokenizer change rows: {needs}")
-    chosen = donor if source == "base" else source
-    assert isinstance(chosen, ModelReference)
-    known = examination.models[chosen].vocabulary
-    if known is None:
-        raise NotByNameError(f"tokenizer_source is {chosen}, which has no tokenizer")
-    for model in config.referenced_models():
-        other = examination.models[model].vocabulary
-        if other is not None and other.ids != known.ids:
-            raise NotByNameError(f"{model} has other tokens than {chosen}: {needs}")
-    return chosen
 
 
 def _execute(saves: list[SaveTensor], out: Path, options: MergeOptions) -> None:
@@ -157,24 +91,15 @@ def _with_line(source: str) -> str:
     return source if BY_NAME in source.splitlines() else f"{BY_NAME}\n{source}"
 
 
-def _named_as_paths(config: MergeConfiguration) -> MergeConfiguration:
-    """Return a config whose folders do not look like names of the hub.
+def _card(config: MergeConfiguration, source: str, name: str) -> str:
+    """Return mergekit's model card, for which it asks the hub about folders with names like there.
 
-    For the card, mergekit asks the hub about those, and fails without a network.
+    mergekit-yaml does so after the merge.
     """
-
-    def path(model: ModelPath | None) -> ModelPath | None:
-        if model is None or not looks_like_the_hubs(model.path):
-            return model
-        return model.model_copy(update={"path": f"./{model.path}"})
-
-    def reference(model: ModelReference) -> ModelReference:
-        return model.model_copy(update={"model": path(model.model), "lora": path(model.lora)})
-
-    entries = config.models or []
-    return config.model_copy(
-        update={
-            "base_model": None if config.base_model is None else reference(config.base_model),
-            "models": [e.model_copy(update={"model": reference(e.model)}) for e in entries],
-        }
-    )
+    try:
+        return generate_card(config, source, name)
+    except Exception as error:  # of the hub's client
+        raise UnusableFileError(
+            f"for the model card, mergekit asks the hub about models, and fails: {reason(error)}; "
+            "write folders as ./NAME, or use --no-write-model-card"
+        ) from error

@@ -286,6 +286,17 @@ def test_buffers_are_the_bases(llamas: Path, tmp_path: Path) -> None:
     assert code == 0, said
 
 
+def test_buffers_of_older_releases(llamas: Path, tmp_path: Path) -> None:
+    """Those that only some of the models have are the base's, as they are there."""
+    models = copies(llamas, tmp_path / "models")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(models / "base", lambda tensors: tensors | {name: torch.ones(4)})
+    edit(models / "b", lambda tensors: tensors | {"x.attn.bias": torch.zeros(2)})
+    tensors = merged(dare(models, seed=3) | {"dtype": "bfloat16"}, tmp_path)
+    zoo.assert_same_tensors({name: tensors.pop(name)}, {name: torch.ones(4)})
+    zoo.assert_same_tensors(tensors, merged(dare(llamas, seed=3), tmp_path / "without"))
+
+
 def test_small_files_come_along(llamas: Path, tmp_path: Path) -> None:
     """Folders with spaces; sentence-transformers' modules; no weights, no old shards, no git."""
     models = copies(llamas, tmp_path / "my models")
@@ -568,6 +579,24 @@ def test_the_line_is_written_once(llamas: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "mergekit_config.yml").read_text() == config.read_text()
     zoo.assert_same_tensors(zoo.load(tmp_path / "again"), expected)
     assert run("check", "--files", str(config)) == (0, "Nothing to find.\n")
+
+
+def test_the_card_is_made_before_the_merge(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit asks the hub about folders with such names, and fails offline."""
+    copies(llamas, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    config = dare(Path("models"), seed=1)
+    said = refused(config, tmp_path)
+    assert "for the model card, mergekit asks the hub" in said
+    assert "write folders as ./NAME, or use --no-write-model-card" in said
+    merged(config, tmp_path, "--no-write-model-card")
+    assert not (tmp_path / "out" / "README.md").exists()
+    for entry in [config, *config["models"]]:
+        for key in {"base_model", "model"} & entry.keys():
+            entry[key] = f"./{entry[key]}"
+    merged(config, tmp_path / "other")
 
 
 def test_the_seed_of_the_command_line(llamas: Path, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from mergekit_dare.diagnostics.findings import UnusableFileError, cut, reason
 from mergekit_dare.plugin import headers
 from mergekit_dare.plugin.headers import StoredTensor
 
+# Buffers that older files have, and that are made anew when a model is loaded.
+BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
+
 
 def stored_tensors(index: ShardedTensorIndex) -> dict[str, StoredTensor]:
     """Return the tensors of a model by name, pickled ones too; no weight is read.

@@ -24,7 +24,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_dare.diagnostics.findings import cut
-from mergekit_dare.diagnostics.models.stored import is_floating, stored_tensors
+from mergekit_dare.diagnostics.models.stored import BUFFERS, is_floating, stored_tensors
 from mergekit_dare.diagnostics.plan import planning
 from mergekit_dare.plugin.headers import StoredTensor
 
@@ -51,7 +51,8 @@ def plan(
 ) -> list[SaveTensor]:
     """Return the tensors that a merge by name would save, with the tasks that make them.
 
-    Tensors of integers and truth values are the base model's.
+    Tensors of integers and truth values are the base model's, and so are buffers of older releases
+    that some models do not have.
 
     Args:
         config: As mergekit has it; left as it is, and its tokenizer is none of the plan's.
@@ -77,7 +78,11 @@ def plan(
     stored = {s.model: stored_tensors(cache.get(s.model).index) for s in sources}
     for model in stored:
         _refuse_other_tensors(model, stored[model], donor, stored[donor])
-    weights = [name for name, tensor in stored[donor].items() if is_floating(tensor)]
+    weights = [
+        name
+        for name, tensor in stored[donor].items()
+        if is_floating(tensor) and all(name in of_model for of_model in stored.values())
+    ]
     saves = _planned(config, options, sources, weights)
     buffers = sorted(stored[donor].keys() - set(weights))
     as_stored = {"merge_method": "passthrough", "base_model": None, "parameters": None}
@@ -110,8 +115,8 @@ def _refuse_other_tensors(
 ) -> None:
     """Refuse a model whose weights have other names or shapes than the donor's."""
     for one, its, other, others in ((donor, ours, model, theirs), (model, theirs, donor, ours)):
-        lacking = [name for name in its if is_floating(its[name]) and name not in others]
-        if lacking:
+        weights = [name for name in its if is_floating(its[name]) and not name.endswith(BUFFERS)]
+        if lacking := [name for name in weights if name not in others]:
             raise NotByNameError(
                 f"{_some(lacking)} of {one} {_are(lacking)} not in {other}: to be merged by name, "
                 "models need the same names; save both with the same version of transformers"

@@ -16,12 +16,10 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dare.diagnostics.config.nodes import get
 from mergekit_dare.diagnostics.findings import Severity, cut, reason
+from mergekit_dare.diagnostics.models.stored import BUFFERS
 from mergekit_dare.diagnostics.plan import tasks
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
-
-# Buffers that older files have, and that are made anew when a model is loaded.
-_BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
 
 
 @rule
@@ -203,7 +201,7 @@ def left_out_tensor(plan: MergePlan) -> Findings:
     files = plan.models[base].files
     used = {name for tensor in plan.tensors for name in tensor.used.get(base, ())}
     # A tied pair is stored once or twice; the plan takes the one.
-    left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
+    left = [name for name in files.tensors if name not in used and not name.endswith(BUFFERS)]
     if files.config.get("tie_word_embeddings"):
         left = [name for name in left if "lm_head" not in name]
     if left:

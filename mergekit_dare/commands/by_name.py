@@ -20,7 +20,8 @@ def command(config: str, out: Path, merge_options: MergeOptions) -> None:
     For models whose weights mergekit-yaml leaves out, or which it refuses: no description of an
     architecture is needed, but the models' tensors must have the same names and shapes. Slices,
     modules and unions of tokenizers are for mergekit-yaml. What it merges right comes out the same.
-    OUT is there when it is whole. Exit code 0: done; 2: it cannot be merged, and OUT is not there.
+    OUT is there when it is whole; a merge that is killed leaves a folder .merging-* beside it. Exit
+    code 0: done; 2: it cannot be merged, and OUT is not there.
     """
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     count = merging.merge(config, out, merge_options)

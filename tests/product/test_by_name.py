@@ -425,6 +425,12 @@ def test_what_needs_an_architecture(llamas: Path, tmp_path: Path) -> None:
         assert message in refused(config, tmp_path / "refused")
 
 
+def test_a_file_of_several_configs(llamas: Path, tmp_path: Path) -> None:
+    path = write([dare(llamas, seed=1), dare(llamas, seed=2)], tmp_path / "c.yml")
+    code, said = run("by-name", path, str(tmp_path / "out"))
+    assert (code, said) == (2, f"{path} has 2 configs: by-name takes one\n")
+
+
 @pytest.mark.slow
 def test_gradients_over_several_stacks(tmp_path: Path) -> None:
     zoo.make_family(OTHERS["t5"], tmp_path, names="a")

@@ -83,8 +83,8 @@ def plan(
         for name, tensor in stored[donor].items()
         if is_floating(tensor) and all(name in of_model for of_model in stored.values())
     ]
-    saves = _planned(config, options, sources, weights)
-    buffers = sorted(stored[donor].keys() - set(weights))
+    saves = _planned(config, options, sources, _positions(weights, config))
+    buffers = dict.fromkeys(sorted(stored[donor].keys() - set(weights)), 0.0)
     as_stored = {"merge_method": "passthrough", "base_model": None, "parameters": None}
     as_stored |= {"dtype": None, "out_dtype": None}
     of_donor = [InputSliceDefinition(model=donor, layer_range=(0, 0))]
@@ -95,18 +95,16 @@ def _planned(
     config: MergeConfiguration,
     options: MergeOptions,
     sources: list[InputSliceDefinition],
-    names: list[str],
+    positions: Mapping[str, float],
 ) -> list[SaveTensor]:
-    """Let mergekit plan one tensor after the other, with what the config says of it."""
+    """Let mergekit plan each tensor, by its name and its position among the layers."""
     nothing = ModelArchitecture(modules={}, architectures=[], model_type="")
     planner = MergePlanner(config.model_copy(), nothing, options, out_model_config=None)
     reader = ConfigReader(config=config, t=0, slice_out=OutputSliceDefinition(sources=sources))
     models = [source.model for source in sources]
-    positions = _positions(names, config)
-    for name in names:
+    for name, position in positions.items():
         weights = [WeightInfo(name=name)] * len(models)
-        of_layer = reader.with_t(positions.get(name, 0.0))
-        planner.plan_tensor(weights[0], weights, models, of_layer)
+        planner.plan_tensor(weights[0], weights, models, reader.with_t(position))
     return [task for task in planner.plan_to_disk("unused") if isinstance(task, SaveTensor)]
 
 
@@ -146,18 +144,18 @@ def _are(names: list[str]) -> str:
 
 
 def _positions(names: Iterable[str], config: MergeConfiguration) -> dict[str, float]:
-    """Return where tensors of layers lie between the first (0) and the last layer (1).
+    """Return where each tensor lies between the first (0) and the last layer (1); 0 outside.
 
     Layers are told as mergekit tells them of an architecture that it does not know. With several
-    stacks of them it has a position in each, and which is meant is not told by names.
+    stacks of them, which of them values are meant for is not told by names.
     """
     found = {name: match for name in names if (match := RE_LAYER_INDEX.search(name)) is not None}
     stacks = {name[: match.start()] for name, match in found.items()}
     if len(stacks) > 1:
         _refuse_gradients(config, sorted(stacks))
-        return {}
     last = max((int(match[1]) for match in found.values()), default=0)
-    return {name: int(match[1]) / last if last else 1.0 for name, match in found.items()}
+    inside = {name: int(match[1]) / last if last else 1.0 for name, match in found.items()}
+    return dict.fromkeys(names, 0.0) | inside
 
 
 def _refuse_gradients(config: MergeConfiguration, stacks: list[str]) -> None:

@@ -19,9 +19,10 @@ class _Command(NamedTuple):
     before_error: str = ""
 
 
-# Each is in mergekit_dare.commands, in the module of its name, which is imported only when the
-# command is called: most of them import mergekit and torch.
+# Each is in mergekit_dare.commands, in the module of its name (with underscores), which is imported
+# only when the command is called: most of them import mergekit and torch.
 COMMANDS = {
+    "by-name": _Command("Merge every tensor by its name, whatever the architecture."),
     "check": _Command("Find mistakes in configs without reading any weights."),
     "doctor": _Command("Check whether the plugin is active and, if not, how to fix it."),
     "explain": _Command("Say what each tensor gets, without reading any weights."),
@@ -63,7 +64,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mergekit_dare.commands.{cmd_name}")
+        module = importlib.import_module(f"mergekit_dare.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -346,7 +346,7 @@ def test_unusable_inputs(family: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:5000])
     damaged = write(config(folder, "math"), tmp_path / "damaged.yml")
     for arguments, message in (
-        ([str(broken)], "broken.yml cannot be read as YAML"),
+        ([str(broken)], "broken.yml:2: cannot be read as YAML"),
         ([path, "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         ([damaged], f"{file} is truncated: it has 5000 bytes"),
         ([path, "--plot", str(tmp_path / "no" / "p.png")], "No such file"),

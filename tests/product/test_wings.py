@@ -12,7 +12,7 @@ from tests.running import PROJECT
 
 PACKAGE = PROJECT / "mergekit_dare"
 # Each wing may import those after it; ``mergekit_dare`` is the package's version and register().
-WINGS = ["cli", "commands", "diagnostics", "plugin", "kernel"]
+WINGS = ["cli", "commands", "by_name", "diagnostics", "plugin", "kernel"]
 # The same inside ``diagnostics``; those of one line do not know each other.
 ROOMS = [
     {"suggestion", "input_record"},

@@ -27,6 +27,9 @@ from mergekit_dare.diagnostics.findings import Finding, Severity, without_middle
 from mergekit_dare.plugin.methods import DareMethod
 from mergekit_dare.plugin.registration import OURS
 
+# The line of a config that tells how it was merged: its tensors' names are all that was known.
+BY_NAME = "# merged by name: mergekit-dare by-name"
+
 
 @dataclass(frozen=True)
 class InputList:
@@ -101,6 +104,11 @@ class Document:
         """Its name in a file for mergekit-multi."""
         node = get(self.root, "name")
         return None if node is None else str(plain(node))
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether it says that its tensors are merged by their names, as ``by-name`` does."""
+        return any(line.strip() == BY_NAME for line in self.lines)
 
     def configuration(self) -> MergeConfiguration:
         """Return the config as mergekit has it.

@@ -18,6 +18,7 @@ from mergekit.scripts import multimerge
 from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, SequenceNode
 
+from mergekit_dare.diagnostics.config import chat_template
 from mergekit_dare.diagnostics.config.document import Document
 from mergekit_dare.diagnostics.config.nodes import entries, get, plain
 from mergekit_dare.diagnostics.findings import cut, reason
@@ -83,14 +84,10 @@ def refused_dtype(document: Document) -> Findings:
 @rule
 def refused_chat_template(document: Document) -> Findings:
     """Find a chat template that mergekit would refuse only after writing all weights."""
-    set_template = getattr(mergekit.merge, "_set_chat_template", None)
-
-    class Tokenizer:
-        chat_template: str | None = None
 
     def attempt(name: str) -> None:
-        if name != "auto" and set_template is not None:
-            set_template(Tokenizer(), MergeConfiguration.model_construct(chat_template=name))
+        if name != "auto":
+            chat_template.text_of(MergeConfiguration.model_construct(chat_template=name))
 
     yield from _try(document, "chat_template", attempt)
 

@@ -22,14 +22,13 @@ from mergekit_dare.diagnostics.models import loading
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.files import examine
 from mergekit_dare.diagnostics.models.loading import Loading
+from mergekit_dare.diagnostics.models.stored import BUFFERS
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan, PlannedTensor
 from mergekit_dare.diagnostics.rules import Findings, rule
 from mergekit_dare.plugin.headers import StoredTensor
 
 BY_NAME = "merge with mergekit-dare by-name, which needs no description"
 MOST_PARTS = 3
-# Buffers that older files have, and that are made anew when a model is loaded.
-_BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def left_out(plan: MergePlan, model: ModelReference) -> list[str]:
     merged = filter(_is_merged, plan.tensors)
     used = {name for tensor in merged for name in tensor.used.get(model, ())}
     # A tied pair is stored once or twice; the plan takes the one.
-    left = [name for name in files.tensors if name not in used and not name.endswith(_BUFFERS)]
+    left = [name for name in files.tensors if name not in used and not name.endswith(BUFFERS)]
     if files.config.get("tie_word_embeddings"):
         left = [name for name in left if "lm_head" not in name]
     return left

@@ -22,7 +22,7 @@ from mergekit_dare.diagnostics.config.nodes import plain
 from mergekit_dare.diagnostics.findings import Finding, Severity, UnusableFileError, reason
 from mergekit_dare.diagnostics.models.examined import ExaminedModels
 from mergekit_dare.diagnostics.models.files import is_local
-from mergekit_dare.diagnostics.plan import planning, tasks
+from mergekit_dare.diagnostics.plan import by_name, planning, tasks
 from mergekit_dare.diagnostics.plan.planning import Planned
 from mergekit_dare.plugin.headers import StoredTensor
 
@@ -101,6 +101,8 @@ class MergePlan:
     def would_fetch_weights(self) -> bool:
         """Whether mergekit, to plan an unknown architecture, would read weights on the hub."""
         models = self.config.referenced_models() if self._remote else []
+        if models and self.document.is_by_name:
+            return True
         try:
             return any(arch_info_for_config(model.config()) is None for model in models)
         except Exception:  # refused_plan reports it
@@ -141,6 +143,9 @@ class MergePlan:
 
     @cached_property
     def _planned(self) -> Planned:
+        if self.document.is_by_name:
+            saves = by_name.plan(self.config, self._options, merge_adapters=False)
+            return Planned(saves, {})
         if self.is_of_single_files:
             saves = planning.plan_single_files(plain(self.document.root), self._options)
             return Planned(saves, {})
@@ -151,7 +156,8 @@ class MergePlan:
     def refusal(self) -> str | None:
         """Why mergekit cannot plan the merge, if it cannot."""
         try:
-            self._layers()
+            if not self.document.is_by_name:
+                self._layers()
             assert self.saves is not None  # they are planned now
         except Exception as error:
             return reason(error)
@@ -172,6 +178,8 @@ class MergePlan:
         for model in filter(lambda model: Path(model.model.path).exists(), models):
             for problem in self.models[model].files.why_unusable:
                 raise UnusableFileError(problem)
+        if self.document.is_by_name:
+            return by_name.plan(self.config, options)
         if self.is_of_single_files or not (self._remote or any(m.lora for m in models)):
             return self.saves
         return planning.plan(self.config, options).saves

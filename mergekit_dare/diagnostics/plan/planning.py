@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
@@ -76,6 +77,31 @@ def plan(
     """
     config = config.model_copy(deep=True)
     architecture = get_architecture_info(config, options)
+    open_models(config, options, merge_adapters=merge_adapters, names=names)
+    donor = config.base_model or config.referenced_models()[0]
+    out_config = donor.config(trust_remote_code=options.trust_remote_code)
+    planner = _Planner(config, architecture, options, out_config)
+    # Planning writes nothing: the folder would be created only when the tasks are run.
+    tasks = planner.plan_to_disk("unused")
+    return Planned([task for task in tasks if isinstance(task, SaveTensor)], planner.slices)
+
+
+def open_models(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    merge_adapters: bool = True,
+    names: Mapping[ModelReference, Iterable[str]] | None = None,
+) -> LoaderCache:
+    """Return mergekit's loaders, in which are now those that it would not make in this way.
+
+    Args:
+        config: As mergekit has it; single files are opened, too.
+        options: As for :func:`plan`.
+        merge_adapters: As for :func:`plan`.
+        names: As for :func:`plan`.
+
+    """
     cache = LoaderCache()
     cache.setup(options=options)
     # It remembers what it has read of a model; the files may have changed since.
@@ -90,12 +116,11 @@ def plan(
                 continue
             plain = ModelReference(model=model.model)
             cache.loaders[model] = plain.lazy_loader(cache_dir=options.transformers_cache)
-    donor = config.base_model or config.referenced_models()[0]
-    out_config = donor.config(trust_remote_code=options.trust_remote_code)
-    planner = _Planner(config, architecture, options, out_config)
-    # Planning writes nothing: the folder would be created only when the tasks are run.
-    tasks = planner.plan_to_disk("unused")
-    return Planned([task for task in tasks if isinstance(task, SaveTensor)], planner.slices)
+    for model in config.referenced_models():
+        if Path(model.model.path).is_file():
+            file = ShardedTensorIndex.from_file(model.model.path)
+            cache.loaders[model] = LazyTensorLoader(file, lazy_unpickle=options.lazy_unpickle)
+    return cache
 
 
 @contextmanager

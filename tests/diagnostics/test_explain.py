@@ -372,7 +372,7 @@ def test_refusals(models: Path, tmp_path: Path) -> None:
     several[1]["models"][0]["model"] = "one"
     path = write(several, tmp_path / "several.yml")
     refused = {
-        "choose one with --name": explain(path),
+        "choose one of these with --name": explain(path),
         "one is a merge of the same file, whose tensors are not there yet": explain(
             path, "--name", "two"
         ),

@@ -584,7 +584,7 @@ def test_the_line_is_written_once(llamas: Path, tmp_path: Path) -> None:
     assert f"Merged 30 tensors by name into {tmp_path / 'again'}.\n" in said
     assert (tmp_path / "again" / "mergekit_config.yml").read_text() == config.read_text()
     zoo.assert_same_tensors(zoo.load(tmp_path / "again"), expected)
-    assert run("check", "--files", str(config)) == (0, "Nothing to find.\n")
+    assert run("check", "--files", str(config)) == (0, "No problems found.\n")
 
 
 def test_the_card_is_made_before_the_merge(
@@ -623,7 +623,7 @@ def test_damaged_inputs(pickled: bool, llamas: Path, tmp_path: Path) -> None:
     else:
         with (models / "b" / "model.safetensors").open("r+b") as file:
             file.truncate(20_000)
-        assert "model.safetensors is cut off" in refused(dare(models, seed=1), tmp_path)
+        assert "model.safetensors is truncated" in refused(dare(models, seed=1), tmp_path)
 
 
 def test_an_index_that_is_not_true(llamas: Path, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
     python -m tests.architectures FOLDER [CLASS...]
 
 For each class that can be made small (some 440; or those that are named): a base and a fine-tuned
-model, a merge at density 1 and weight 1 with mergekit's own planner and by name, and what
-``check --files`` says of it. A merge is right if transformers misses nothing when it loads the
-result, and every weight is the fine-tuned model's. Prints a table, and each disagreement.
+model, what ``check --files`` says of a merge at density 1 and weight 1, that merge by mergekit-yaml
+and by mergekit-dare by-name. A merge is right if transformers misses nothing when it loads the
+result, and every weight is the fine-tuned model's. Prints a table, each disagreement of the check
+and the first merge, and each merge by name that is not right.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def as_text(explanation: Explanation, chosen: list[ExplainedTensor] | None) -> s
     else:
         groups = grouping.group(explanation.tensors)
         groups, texts = _labelled(groups, [tensor.name for tensor in explanation.tensors])
-    lines = [*words.heading(explanation, labels), "", *table.lines(groups, texts), ""]
+    rows = table.lines(groups, texts, one_line_each=chosen is not None)
+    lines = [*words.heading(explanation, labels), "", *rows, ""]
     if chosen is None:
         lines += words.sentences(explanation, labels)
     return "\n".join(line.rstrip() for line in lines).rstrip()
@@ -137,7 +138,9 @@ class _Table:
         self._shared = words.changing_shared(explanation)
         self._columns = words.columns(explanation)
 
-    def lines(self, groups: list[Group], texts: list[list[str]]) -> list[str]:
+    def lines(
+        self, groups: list[Group], texts: list[list[str]], *, one_line_each: bool
+    ) -> list[str]:
         heads = [self._labels[model] for model in self._columns]
         heads += ["for all models"] if self._shared else []
         rows = [
@@ -149,7 +152,8 @@ class _Table:
             whole = _Row([f"in all, {len(tensors):,} tensors"], words.size(grouping.total(tensors)))
             rows.append(whole)
         beside = _beside(heads, rows)
-        return beside if max(map(len, beside)) <= words.WIDTH else _below(heads, rows)
+        fits = max(map(len, beside)) <= words.WIDTH
+        return beside if fits or one_line_each else _below(heads, rows)
 
     def _cells(self, group: Group) -> list[str]:
         cells = [self._cell(group, model) for model in self._columns]
@@ -195,5 +199,6 @@ def _below(heads: list[str], rows: list[_Row]) -> list[str]:
     for row in rows:
         lines += [*row.names[:-1], f"{row.names[-1]}: {row.size} parameters"]
         cells = zip(heads, row.cells, strict=False)
-        lines += [f"    {head.ljust(width)}  {cell}" for head, cell in cells if cell != "-"]
+        shown = [f"    {head.ljust(width)}  {cell}" for head, cell in cells if cell != "-"]
+        lines += shown or (["    the base model alone"] if row.cells else [])
     return lines

@@ -134,6 +134,20 @@ def test_tokenizers_of_the_hub(server: HubServer, tmp_path: Path) -> None:
     assert "the merge first fetches" in result.stdout
 
 
+def test_explaining_models_of_the_hub(server: HubServer, tmp_path: Path) -> None:
+    path = write(merge_of("me/a"), tmp_path / "c.yml")
+    result = run(tmp_path, environment(server, tmp_path), "mergekit-dare", "explain", path)
+    assert result.returncode == 0, result.stderr
+    assert "dare_ties into me/base (bfloat16, as stored)" in result.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+    offline = environment(server, tmp_path, HF_HUB_OFFLINE="1")
+    result = run(
+        tmp_path, offline | {"HF_HOME": str(tmp_path / "x")}, "mergekit-dare", "explain", path
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
     """Offline, and where no server answers; a progress bar shows that the command is waiting."""
     offline = environment(server, tmp_path, HF_HUB_OFFLINE="1")

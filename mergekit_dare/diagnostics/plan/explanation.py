@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.common import ModelReference
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.io.tasks import SaveTensor
 from mergekit.merge_methods import MergeMethodSpec
 from mergekit.merge_methods.base import BasePolicy
@@ -148,9 +148,9 @@ class Explanation:
         return ExplainedTensor(
             name=save.tensor_name,
             base_model=task.base_model,
-            inputs={model: dict(task.input_parameters[model].items()) for model in here},
+            inputs={model: _by_name(task.input_parameters[model]) for model in here},
             input_names={model: weights[model].name for model in here},
-            shared=dict(task.parameters.items()),
+            shared=_by_name(task.parameters),
             slice=self.plan.slices.get(save.tensor_name, 0),
             shape=None if stored is None else stored.shape,
             dtype=self._dtype(save, task, stored),
@@ -174,3 +174,8 @@ class Explanation:
         return task.parameters["lambda"] == 0 or all(
             values["weight"] == 0 or (self.is_dare and values["density"] == 0) for values in changes
         )
+
+
+def _by_name(values: ImmutableMap[str, Any]) -> Values:
+    """Return parameters in the same order in every run: mergekit's maps have that of hashes."""
+    return dict(sorted(values.items()))

@@ -161,7 +161,11 @@ CASES: dict[str, Case] = {
         True,
         "",
     ),
-    "no adapter": (lambda f: merge_of(f, "base", f"a+{f}/none"), False, "there is no folder"),
+    "no adapter": (
+        lambda f: merge_of(f, "base", f"a+{f}/none"),
+        False,
+        "there is no adapter folder",
+    ),
     "a model as an adapter": (
         lambda f: merge_of(f, "base", f"a+{f}/b"),
         False,

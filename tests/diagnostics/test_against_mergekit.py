@@ -161,7 +161,11 @@ CASES: dict[str, Case] = {
         True,
         "",
     ),
-    "no adapter": (lambda f: merge_of(f, "base", f"a+{f}/none"), False, "there is no folder"),
+    "no adapter": (
+        lambda f: merge_of(f, "base", f"a+{f}/none"),
+        False,
+        "there is no adapter folder",
+    ),
     "a model as an adapter": (
         lambda f: merge_of(f, "base", f"a+{f}/b"),
         False,
@@ -230,7 +234,7 @@ CASES: dict[str, Case] = {
     "a home folder": (
         lambda f: merge_of(f, "base") | {"models": [entry("~/model")]},
         False,
-        "mergekit does not know ~",
+        "mergekit does not expand ~",
     ),
     "a name that no file can have": (
         lambda f: merge_of(f, "base") | {"models": [entry("/" + "x" * 5000)]},
@@ -292,22 +296,22 @@ def test_an_index_beside_a_whole_file(models: Path, tmp_path: Path) -> None:
     assert check_file(path, files=True) == []
     (folder / "model-1-of-1.safetensors").unlink()
     (finding,) = check_file(path, files=True)
-    assert "model-1-of-1.safetensors is missing, which" in finding.message
+    assert "model-1-of-1.safetensors is missing, but listed in" in finding.message
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "settings that are a list": (
         lambda f: (f / "config.json").write_text("[]"),
-        "config.json holds no settings",
+        "config.json contains no settings",
     ),
     "an index that names a folder": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "."}}'),
-        "is missing, which",
+        "is missing, but listed in",
     ),
     "an empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged"),
     "a header without tensors": (
         lambda f: save_file({}, f / "model.safetensors"),
-        "holds no tensors",
+        "contains no tensors",
     ),
     "an unknown dtype": (lambda f: header(f, '"dtype":"F99"'), "is damaged"),
     "an infinite offset": (lambda f: header(f, '"dtype":"F32"', "Infinity"), "is damaged"),

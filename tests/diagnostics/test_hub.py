@@ -174,7 +174,7 @@ def test_merge_and_verify_with_a_revision(server: HubServer, tmp_path: Path) -> 
     assert run(tmp_path, own, *compared).returncode == 0
     findings = check(["me/a"], tmp_path, own | {"HF_HUB_OFFLINE": "1"})
     folder = tmp_path / "home" / "hub" / "models--me--base" / "snapshots" / COMMIT
-    assert findings["me/a"][0]["message"].endswith(f"unset it, or write {folder}")
+    assert findings["me/a"][0]["message"].endswith(f"unset it, or give the path {folder}")
     offline = own | {"HF_HUB_OFFLINE": "1"}
     refused = run(tmp_path, offline, "mergekit-yaml", path, str(tmp_path / "x"))
     assert "OfflineModeIsEnabled" in refused.stderr

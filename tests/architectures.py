@@ -31,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mergekit_dare.by_name import merging
 from mergekit_dare.diagnostics.checking import check_file
 from mergekit_dare.diagnostics.findings import Severity
 from tests.running import dare, write
@@ -138,12 +139,20 @@ def make_pair(name: str, model_type: str, folder: Path) -> Path:
     return folder
 
 
-def merged_wrongly(name: str, folder: Path) -> str:
-    """Merge a pair as mergekit-yaml does, and say what is wrong with it; nothing if it is right."""
-    config = MergeConfiguration.model_validate(yaml.safe_load((folder / "c.yml").read_text()))
+def merged_wrongly(name: str, folder: Path, *, by_name: bool = False) -> str:
+    """Merge a pair, and say what is wrong with it; nothing if it is right.
+
+    ``by_name``: as mergekit-dare by-name does, not as mergekit-yaml.
+    """
+    config, out = folder / "c.yml", folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
     try:
         with patience(40):
-            run_merge(config, str(folder / "out"), options=MergeOptions(quiet=True))
+            if by_name:
+                merging.merge(str(config), out, MergeOptions(quiet=True))
+            else:
+                checked = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))
+                run_merge(checked, str(out), options=MergeOptions(quiet=True))
     except Exception as refusal:
         return f"refused: {refusal}"
     return what_is_wrong(name, folder)
@@ -215,6 +224,8 @@ def main(arguments: list[str]) -> int:
         table["error" if error else "no error", wrong.split(":")[0] or "right"] += 1
         if error != bool(wrong):
             off.append(f"{name}: {'error' if error else 'no error'}, but {wrong or 'right'}")
+        if wrong_by_name := merged_wrongly(name, pair, by_name=True):
+            off.append(f"{name} by name: {wrong_by_name}")
         shutil.rmtree(folder / name)
     for (said, what), count in sorted(table.items()):
         print(f"{said:9} {what:14} {count}")

@@ -27,7 +27,7 @@ from mergekit_dare.diagnostics.examination import Examination
 from mergekit_dare.diagnostics.findings import UnusableFileError, reason
 from mergekit_dare.diagnostics.models import files as model_files
 from mergekit_dare.diagnostics.models.files import is_local
-from mergekit_dare.diagnostics.plan import planning
+from mergekit_dare.diagnostics.plan import completeness, planning
 from mergekit_dare.diagnostics.repetition import bits, merge_again, what_it_is
 from mergekit_dare.plugin.methods import DareMethod
 
@@ -74,6 +74,7 @@ class Verification:
         additional: Stored tensors that are not in the merge.
         differences: Those of the tensors that were compared.
         what_it_is: What the first of them is instead of the merge, if that can be told.
+        lost: Which weights its class needs and mergekit leaves out of such a merge, if any.
 
     """
 
@@ -85,6 +86,7 @@ class Verification:
     additional: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     what_it_is: str | None = None
+    lost: str | None = None
 
     @property
     def is_match(self) -> bool:
@@ -97,8 +99,9 @@ class Verification:
         scope = f"{part}{self.planned:,} tensors ({self.size:,} bytes)"
         version = f"mergekit-dare {mergekit_dare.__version__}"
         made = self.method if version in self.method else f"{self.method} ({version})"
+        lost = [] if self.lost is None else [f"But {self.lost}."]
         if self.is_match:
-            return f"Identical to the byte: {scope}, merged again by {made}."
+            return "\n".join([f"Identical to the byte: {scope}, merged again by {made}.", *lost])
         lines = [f"Not what its config says: {scope}, merged again by {made}."]
         for what, names in (("missing", self.missing), ("additional", self.additional)):
             lines += [f"  {what}: {name}" for name in names[:WORST]]
@@ -110,7 +113,7 @@ class Verification:
         lines += [f"  {difference.name}: {difference.what}" for difference in worst[:WORST]]
         if self.what_it_is is not None:
             lines.append(f"{self.differences[0].name} is {self.what_it_is}")
-        return "\n".join(lines)
+        return "\n".join(lines + lost)
 
 
 def verify(
@@ -142,7 +145,8 @@ def verify(
     document = choose_config(path, name)
     _check_method(document, out)
     planning.take_seed(options)
-    saves = _plan(Examination(document, options))
+    examination = Examination(document, options)
+    saves = _plan(examination)
     assert document.spec is not None  # as checked
     found = Verification(document.spec.pretty_name or document.spec.name, planned=len(saves))
     planned = {save.tensor_name for save in saves}
@@ -169,6 +173,7 @@ def verify(
     found.additional = sorted(
         name for name in names - planned if fnmatch.fnmatchcase(name, tensors)
     )
+    found.lost = completeness.what_is_lost(examination.plan)
     return found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from mergekit.options import MergeOptions
 
 from mergekit_dare.diagnostics.plan.completeness import in_words
+from mergekit_dare.diagnostics.verification import verify
 from tests import architectures
 
 # One or two of each kind of fault that mergekit's descriptions have, and of what merges right.
@@ -41,6 +44,32 @@ def test_an_error_if_and_only_if_the_merge_is_wrong(name: str, tmp_path: Path) -
     wrong = architectures.merged_wrongly(name, pair)
     assert bool(wrong) == (name in FAULTY), wrong
     assert architectures.is_an_error(pair) == bool(wrong)
+
+
+def test_verify_says_so_too(tmp_path: Path) -> None:
+    pair = architectures.make_pair("DeepseekV3ForCausalLM", "deepseek_v3", tmp_path)
+    assert architectures.merged_wrongly("DeepseekV3ForCausalLM", pair)
+    shutil.copy(pair / "c.yml", pair / "out" / "mergekit_config.yml")
+    found = verify(pair / "out", MergeOptions(quiet=True)).as_text().splitlines()
+    assert found[0].startswith("Identical to the byte")
+    assert found[1].startswith("But the merged model lacks the experts of layer 1")
+    assert architectures.merged_wrongly("DeepseekV3ForCausalLM", pair, by_name=True) == ""
+    assert len(verify(pair / "out", MergeOptions(quiet=True)).as_text().splitlines()) == 1
+
+
+def test_the_merge_itself_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, model_type in (
+        ("DeepseekV3ForCausalLM", "deepseek_v3"),
+        ("LlamaForCausalLM", "llama"),
+    ):
+        pair = architectures.make_pair(name, model_type, tmp_path / name)
+        caplog.clear()
+        wrong = architectures.merged_wrongly(name, pair)
+        warnings = [text for text in caplog.messages if "the merged model will lack" in text]
+        assert len(warnings) == bool(wrong)
+        caplog.clear()
+        assert architectures.merged_wrongly(name, pair, by_name=True) == ""
+        assert not [text for text in caplog.messages if "lack" in text]
 
 
 def layers(*numbers: int, module: str = "mlp.experts.up") -> list[str]:

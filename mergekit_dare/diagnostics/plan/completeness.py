@@ -142,21 +142,27 @@ def _is_merged(tensor: PlannedTensor) -> bool:
     return len(present) >= spec.contract.min_inputs or present == [task.base_model]
 
 
+def what_is_lost(plan: MergePlan) -> str | None:
+    """Say what the merged model lacks, and why; ``None`` if nothing, or if that is not known."""
+    found = outcome(plan)
+    if not found.lost or found.before is None:
+        return None
+    return (
+        f"the merged model lacks {in_words(found.lost, found.before.parameters)}: mergekit's "
+        "description of this architecture leaves them out, and transformers fills them with random "
+        f"numbers; {BY_NAME}"
+    )
+
+
 @rule
 def lost_weights(plan: MergePlan) -> Findings:
     """Find weights that the merged model needs, and that mergekit would silently leave out."""
-    found = outcome(plan)
-    donor = donor_of(plan)
-    if found.refusal is not None:
-        message = f"transformers could not load the merged model: {cut(found.refusal)}; {BY_NAME}"
-        yield plan.finding(donor, message)
-    elif found.lost and found.before is not None:
-        parts = in_words(found.lost, found.before.parameters)
-        message = (
-            f"the merged model would lack {parts}: mergekit's description of this architecture "
-            f"leaves them out, and transformers would fill them with random numbers; {BY_NAME}"
-        )
-        yield plan.finding(donor, message)
+    refusal = outcome(plan).refusal
+    if refusal is not None:
+        message = f"transformers could not load the merged model: {cut(refusal)}; {BY_NAME}"
+        yield plan.finding(donor_of(plan), message)
+    elif (lost := what_is_lost(plan)) is not None:
+        yield plan.finding(donor_of(plan), lost)
 
 
 @rule

@@ -13,7 +13,7 @@ that no delta but 0 has probability 0:
     T_i = min(65536, ceil(c |delta_i| 65536))
 
 This module finds c. It is the same on every machine, since it is computed only from sums of whole
-numbers, in any order: the T_i for a trial c. Large tensors are judged by a sample of their
+numbers, in any order: the T_i for a trial c. Large tensors are judged by an excerpt of their
 elements, which is enlarged until it is exact enough; the elements are the same in every run.
 """
 
@@ -29,15 +29,15 @@ from torch import Tensor
 
 from mergekit_dare.kernel.masks import LANE_VALUES, splitmix64
 
-# Adjacent elements that are sampled together: so few that the sample is as good as one of single
+# Adjacent elements that are taken together: so few that the excerpt is as good as one of single
 # elements, so many that sampling costs little.
 BLOCK = 16
-# Elements in each sample; after the last one comes the whole tensor.
-SAMPLES = (1 << 12, 1 << 17, 1 << 20)
-# A sample suffices if its standard error, as a fraction of the density, is at most this: the actual
-# density is then within 1 % of the requested one, except for one tensor in 10,000.
+# Elements in each excerpt; after the last one comes the whole tensor.
+EXCERPTS = (1 << 12, 1 << 17, 1 << 20)
+# An excerpt suffices if its standard error, as a fraction of the density, is at most this: then the
+# actual density is within 1 % of the requested one, except for one tensor in 10,000.
 STANDARD_ERROR = 0.0025
-# c is found when the sample's density is this close to the requested one.
+# c is found when the density of the excerpt is this close to the requested one.
 TOLERANCE = 0.0005
 
 _PIECE = 1 << 18  # elements of a whole tensor that are processed together
@@ -79,17 +79,17 @@ def magnitude_scale(
     if density >= 1 or elements == 0:
         return None
     scale = 0.0
-    for size in SAMPLES:
+    for size in EXCERPTS:
         if size * 2 > elements:
             break
-        blocks = _Sample([_sampled_deltas(theta, theta_0, dtype, size)])
+        blocks = _MagnitudeSums([_excerpt_of_deltas(theta, theta_0, dtype, size)])
         if blocks.nonzero <= 1.5 * density * blocks.elements:  # all may have to be kept: count them
             continue
         scale = blocks.solve(density, scale)
         if blocks.standard_error(scale) <= STANDARD_ERROR * density:
             return scale
     parts = _Parts(theta, theta_0, dtype)
-    whole = _Sample(list(parts) if elements <= _PIECE else parts)
+    whole = _MagnitudeSums(list(parts) if elements <= _PIECE else parts)
     if whole.nonzero <= density * elements:
         return None
     return whole.solve(density, scale)
@@ -108,7 +108,7 @@ class _Parts:
         return (_magnitudes(theta, theta_0, self.dtype) for theta, theta_0 in pairs)
 
 
-class _Sample:
+class _MagnitudeSums:
     """Magnitudes of deltas, and how their T add up for a given c."""
 
     def __init__(self, pieces: Iterable[Tensor]) -> None:
@@ -168,7 +168,7 @@ class _Sample:
         return t if self.largest * scale < most - 1 else t.clamp_(max=most)
 
     def standard_error(self, scale: float) -> float:
-        """Return that of the mean of T / 65536, judged by how the sample's blocks differ."""
+        """Return that of the mean of T / 65536, judged by how its blocks differ."""
         (magnitudes,) = self.pieces
         sums = self._t(magnitudes, scale, LANE_VALUES).view(-1, BLOCK).sum(1).long()
         count, total = sums.numel(), int(sums.sum())
@@ -183,7 +183,7 @@ def _magnitudes(theta: Tensor, theta_0: Tensor, dtype: torch.dtype) -> Tensor:
     return delta.abs_().nan_to_num_(0.0, 0.0)
 
 
-def _sampled_deltas(theta: Tensor, theta_0: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+def _excerpt_of_deltas(theta: Tensor, theta_0: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     """Return |delta| of evenly spaced blocks, each shifted at random within its share.
 
     Without the shift, the blocks could fall into step with the rows of a matrix.
@@ -194,8 +194,8 @@ def _sampled_deltas(theta: Tensor, theta_0: Tensor, dtype: torch.dtype, size: in
     starts = torch.arange(count, dtype=torch.int64, device=theta.device) * share
     starts += shifts % (share - BLOCK + 1)
     rows = (theta.numel() - BLOCK + 1, BLOCK)
-    sampled, of_base = (
+    of_theta, of_base = (
         vector.as_strided(rows, (1, 1), vector.storage_offset()).index_select(0, starts).view(-1)
         for vector in (theta, theta_0)
     )
-    return _magnitudes(sampled, of_base, dtype)
+    return _magnitudes(of_theta, of_base, dtype)

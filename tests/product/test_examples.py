@@ -1,4 +1,4 @@
-"""The example configs on models of the example's architecture, and the README's claims."""
+"""The example configs on models of the example's architecture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import zoo
-from tests.running import PROJECT, merge_yaml, run_command
+from tests.running import PROJECT, merge_yaml
 
 EXAMPLES = sorted((PROJECT / "examples").glob("*.yml"))
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -69,32 +68,3 @@ def test_models_are_made_and_merged(
 
 def test_examples_are_there() -> None:
     assert [path.name for path in EXAMPLES] == ["dare.yml", "dare_linear.yml"]
-
-
-def test_readme_shows_the_start_up_line() -> None:
-    line = (PROJECT / "mergekit_dare" / "plugin" / "startup" / "mergekit_dare.pth").read_text()
-    assert line.count("\n") == 1
-    assert line in README
-
-
-def test_configs_in_the_readme_are_valid() -> None:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge_methods import get
-
-    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        for document in yaml.safe_load_all(block):
-            document.pop("name", None)
-            config = MergeConfiguration.model_validate(document)
-            known = {p.name for p in get(config.merge_method).spec.parameters}
-            for model in config.models or []:
-                assert set(model.parameters or {}) <= known
-            assert set(config.parameters or {}) <= known
-
-
-@pytest.mark.slow
-def test_command_to_see_that_it_is_active() -> None:
-    (command,) = re.findall(r'^python -c "(.*get\(.*)"$', README, re.MULTILINE)
-    result = run_command(sys.executable, "-c", command)
-    assert f"prints `{result.stdout.strip()}`" in README

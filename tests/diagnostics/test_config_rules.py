@@ -672,7 +672,7 @@ HOSTILE = {
     "UTF-16": ("\udcff\udcfe" + "\0".join(CLEAN), "is in UTF-16; save it as UTF-8"),
     "a tab": (
         CLEAN.replace("    parameters:", "\tparameters:", 1),
-        "found character '\\t' that cannot start any token, while scanning for the next token; indent",
+        "that cannot start any token, while scanning for the next token; indent with spaces",
     ),
     "a Windows path": (
         CLEAN.replace("./base", '"D:\\models"'),

@@ -50,6 +50,7 @@ class ModelReport:
         noise_square_sums: Sum of the variances of the noise that DARE adds at the config's
             densities, by sampling.
         densities: Every density that the config gives it.
+        untouched: Number of elements in tensors that equal the base's.
         halves: Statistics of each half of the excerpts, to see how much they differ.
 
     """
@@ -63,6 +64,15 @@ class ModelReport:
         default_factory=lambda: dict.fromkeys(Sampling, 0.0)
     )
     densities: set[float] = field(default_factory=set)
+    untouched: int = 0
+
+    @property
+    def changed_share(self) -> float:
+        """Share of elements that differ from the base's, of the tensors that do.
+
+        So an adapter that was merged into a few layers does not pass for a sparse change.
+        """
+        return (self.total.count - self.total.zeros) / max(1, self.total.count - self.untouched)
 
     def relative_noise(self, sampling: Sampling = Sampling.UNIFORM) -> float:
         """L2 norm of the noise over that of the base."""
@@ -170,7 +180,9 @@ class Report:
         """Judge every model, also by how it compares with the others."""
         return {
             name: judge(
-                model.total, [other.total for other in self.models.values() if other is not model]
+                model.total,
+                [other.total for other in self.models.values() if other is not model],
+                model.changed_share,
             )
             for name, model in self.models.items()
         }
@@ -293,6 +305,8 @@ def _add_tensor(
         largest = max(-statistics.smallest, statistics.largest) + 0.0  # not -0.0
         of_model.tensors[name] = (largest, statistics.relative_norm)
         of_model.densities.add(density)
+        if statistics.zeros == statistics.count:
+            of_model.untouched += round(statistics.count * factor)
         if density > 0:
             uniform = noise_factor(density) ** 2 * statistics.square_sum
             of_model.noise_square_sums[Sampling.UNIFORM] += factor * uniform

@@ -18,6 +18,9 @@ LARGE_SHARE = 0.001  # of deltas above LARGE, beyond which DARE is impractical
 # The delta of an unrelated model removes the base's weights and puts its own in their place, so
 # half of it cancels the base. That of a model trained from the base hardly does so.
 UNRELATED_NORM, UNRELATED_UNDOING = 0.1, (0.5, 1.5)
+# The share of changed elements below which a model is called sparsely changed: reinforcement learning
+# changes 5 to 30 % of the weights, supervised fine-tuning most (arXiv 2505.11711).
+SPARSE_SHARE = 0.4
 # A model is the odd one out if its relative norm exceeds this multiple of the others' median.
 OUTLIER_FACTOR = 10.0
 
@@ -41,17 +44,27 @@ class Verdict:
     reason: str
 
 
-def judge(statistics: DeltaStatistics, others: Iterable[DeltaStatistics] = ()) -> Verdict:
+def judge(
+    statistics: DeltaStatistics,
+    others: Iterable[DeltaStatistics] = (),
+    changed_share: float = 1.0,
+) -> Verdict:
     """Judge a model's deltas in the terms of the paper (section 4.5).
 
     Args:
         statistics: All deltas of the model.
         others: Those of the other fine-tuned models of the merge.
+        changed_share: Fraction of the elements that the model changes.
 
     """
     typical = statistics.quantile(0.99)
     norm = statistics.relative_norm
     figures = f"99% of |delta| within {typical:.2g}, relative norm {norm:.2g}"
+    if changed_share < SPARSE_SHARE:
+        figures += (
+            f"; most elements equal the base model's, as after reinforcement learning: only "
+            f"{changed_share:.1%} are changed"
+        )
     if not statistics.count and not statistics.non_finite:
         return Verdict(
             "not compared",

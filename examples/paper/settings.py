@@ -40,7 +40,7 @@ class Settings:
         scalings: Factors of the merged delta.
         weights: Of each gently fine-tuned model in merges that are rounded.
         drop_rates_rounded: The paper's p in those.
-        reinforced: Fine-tuning by reinforcement, which changes a fifth to a third of the weights.
+        reinforced: Fine-tuning by reinforcement, which changes about a fifth of the weights.
         densities_reinforced: 1 - p in merges of such models.
         weights_reinforced: Of each such model.
         seed: Of data and weights.

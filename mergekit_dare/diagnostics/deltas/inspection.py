@@ -124,6 +124,11 @@ class MergedChange:
         return self.kept / self.square_sum if self.square_sum else None
 
     @property
+    def is_distorted(self) -> bool:
+        """Whether rounding to nearest shrinks or exaggerates the change by more than a tenth."""
+        return self.survives is not None and not 0.9 < self.survives < 1.1
+
+    @property
     def stochastic_noise(self) -> float | None:
         """The noise of stochastic rounding over the norm of the expected change."""
         if not self.square_sum:
@@ -156,13 +161,22 @@ class Report:
         """Return a sentence for each setting that would help."""
         sentences = []
         change = self.change
-        if change is not None and change.rounding is Rounding.NEAREST:
-            share = change.survives
-            if share is not None and not 0.9 < share < 1.1:
-                sentences.append(
-                    f"rounding to {change.dtype} scales the merged change to {share:.0%}; "
-                    "rounding: stochastic preserves it on average"
-                )
+        if change is not None and change.rounding is Rounding.NEAREST and change.is_distorted:
+            sentences.append(
+                f"rounding to {change.dtype} scales the merged change to {change.survives:.0%}; "
+                "rounding: stochastic preserves it on average"
+            )
+        sparse = [
+            f"{self.models[name].changed_share:.1%} in {name}"
+            for name, verdict in self.verdicts().items()
+            if verdict.sparse
+        ]
+        if sparse:
+            sentences.append(
+                f"density counts all elements, but few are changed ({', '.join(sparse)}): "
+                "sampling: uniform drops the same fraction of the few, sampling: magnitude none "
+                "where density exceeds a tensor's changed share"
+            )
         for name, model in self.models.items():
             uniform, magnitude = (model.relative_noise(sampling) for sampling in Sampling)
             if change is not None and change.sampling is Sampling.MAGNITUDE:

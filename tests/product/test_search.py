@@ -17,12 +17,12 @@ from mergekit.options import MergeOptions
 from tests import zoo
 from tests.running import PROJECT
 
-EVOLVE = PROJECT / "examples" / "evolve"
+EVOLVE = PROJECT / "examples" / "search"
 
 
 def test_tasks_have_one_right_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EVOLVE)
-    import make_tasks
+    from search import make_tasks
 
     make_tasks.main(tmp_path)
     for name in ("docs", "code", "arithmetic"):

@@ -67,23 +67,28 @@ def plot(found: Sequence[Scored], path: Path, *, minimize: bool) -> None:
     from matplotlib.figure import Figure
 
     scored = [each for each in found if each.score is not None]
+    scores = [each.score for each in scored if each.score is not None]
+    if not scored:
+        return
     names = list(found[0].point)
     figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for name, panel in zip(names, panels, strict=True):
-        pairs = [(_place(each.point[name]), each.score) for each in scored]
+        places = _places([each.point[name] for each in scored])
         best: dict[Any, float] = {}
-        for x, y in pairs:
-            assert y is not None
-            best[x] = (min if minimize else max)(y, best.get(x, y))
-        panel.plot([x for x, _ in pairs], [y for _, y in pairs], "o", alpha=0.5)
-        panel.plot(list(best), list(best.values()), label="the best at each value")
+        for x, score in zip(places, scores, strict=True):
+            best[x] = (min if minimize else max)(score, best.get(x, score))
+        panel.plot(places, scores, "o", alpha=0.5)
+        line = sorted(best.items()) if not isinstance(places[0], str) else best.items()
+        panel.plot(*zip(*line, strict=True), label="the best at each value")
         panel.set_xlabel(name)
     panels[0].set_ylabel("score (lower is better)" if minimize else "score (higher is better)")
     panels[0].legend()
     figure.savefig(path, dpi=120)
 
 
-def _place(value: Value) -> float | str:
-    """Return where a value is drawn: a number by its size, anything else by its name."""
-    return str(value) if isinstance(value, (bool, str)) else value
+def _places(values: Sequence[Value]) -> list[Any]:
+    """Return where values are drawn: numbers by their size, anything else by its name."""
+    if any(isinstance(value, (bool, str)) for value in values):
+        return [str(value) for value in values]
+    return list(values)

@@ -79,7 +79,8 @@ def _again_in(programs: Path) -> None:
 
 def _use_the_example(arguments: argparse.Namespace) -> None:
     """Fill in what searches the example models, and train them if they are not there."""
-    arguments.folder = (arguments.folder or HERE / "work").resolve()
+    given: Path | None = arguments.folder
+    arguments.folder = Path("examples/search/work") if given is None else given.resolve()
     arguments.config = HERE / "example.yml"
     arguments.grid = arguments.grid or EXAMPLE_GRID
     if arguments.score is None:

@@ -218,6 +218,7 @@ def main(arguments: list[str]) -> int:
             with patience(25):
                 pair = make_pair(name, model_type, folder / name)
         except Exception:  # it cannot be made small by rule
+            shutil.rmtree(folder / name, ignore_errors=True)
             skipped += 1
             continue
         error, wrong = is_an_error(pair), merged_wrongly(name, pair)

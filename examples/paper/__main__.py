@@ -1,6 +1,7 @@
 """Train, merge, score, and write tables and plots.
 
-Usage: python -m paper [--toy] [--folder FOLDER] [--results FOLDER], in the folder ``examples``
+Usage: python -m paper [--toy] [--reinforced] [--folder FOLDER] [--results FOLDER], in the folder
+``examples``
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from mergekit_dare.commands import inspect_plot, inspect_text
 from mergekit_dare.diagnostics.deltas import inspection
-from paper import measure, merges, models, report, tasks
+from paper import measure, merges, models, reinforced, report, tasks
 from paper.report import Measured
 from paper.settings import FULL, TOY, Settings
 
@@ -27,10 +28,12 @@ def main() -> None:
     """Do what is not done yet in the work folder, then write all results."""
     parser = argparse.ArgumentParser(prog="python -m paper", description=__doc__)
     parser.add_argument("--toy", action="store_true", help="tiny and fast: proves nothing")
+    parser.add_argument("--reinforced", action="store_true", help="only models of reinforcement")
     parser.add_argument("--folder", type=Path, default=HERE / "work", help="to work in")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="to write into")
     arguments = parser.parse_args()
-    reproduce(TOY if arguments.toy else FULL, arguments.folder, arguments.results)
+    run = reproduce_reinforced if arguments.reinforced else reproduce
+    run(TOY if arguments.toy else FULL, arguments.folder, arguments.results)
 
 
 def reproduce(settings: Settings, folder: Path, results: Path) -> None:
@@ -42,10 +45,7 @@ def reproduce(settings: Settings, folder: Path, results: Path) -> None:
         results: To write tables and plots into.
 
     """
-    logging.disable_progress_bar()  # of each model that is loaded or saved
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not help models so small
-    folder.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
+    _prepare(folder, results)
     families = [*models.decoders(settings), models.encoder(settings)]
     for family in families:
         models.train_family(family, settings, folder)
@@ -65,8 +65,25 @@ def reproduce(settings: Settings, folder: Path, results: Path) -> None:
     text = report.summary(measured, verdicts)
     (results / "summary.md").write_text(text)
     report.plot_all(measured, results)
+    reinforced.study(middle, settings, folder, results)
     print(text)
     print("Written to", results)
+
+
+def reproduce_reinforced(settings: Settings, folder: Path, results: Path) -> None:
+    """Run only the study of models fine-tuned by reinforcement; arguments as above."""
+    _prepare(folder, results)
+    middle = models.middle_decoder([*models.decoders(settings), models.encoder(settings)])
+    models.train_family(middle, settings, folder)
+    reinforced.study(middle, settings, folder, results)
+    print("Written to", results)
+
+
+def _prepare(folder: Path, results: Path) -> None:
+    logging.disable_progress_bar()  # of each model that is loaded or saved
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not help models so small
+    folder.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
 
 
 def _inspect(folder: Path, names: list[str], results: Path) -> dict[str, str]:

@@ -144,15 +144,17 @@ def summary(measured: Measured, verdicts: dict[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are numbers."""
     rule = "|" + "|".join("---" if n == 0 else "--:" for n in range(len(head))) + "|"
     rows = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
     return "\n".join([rows[0], rule, *rows[1:]])
 
 
-def _cell(point: Point) -> str:
+def cell(point: Point, form: str = ".1f") -> str:
+    """Return a mean in the given form, and its standard deviation unless it is 0."""
     mean, spread = point
-    return f"{mean:.1f} ± {spread:.1f}" if spread else f"{mean:.1f}"
+    return f"{mean:{form}} ± {spread:.1f}" if spread else f"{mean:{form}}"
 
 
 def _drop_table(measured: Measured) -> str:
@@ -161,12 +163,12 @@ def _drop_table(measured: Measured) -> str:
         base = measured.base_score(family.name, family.tasks)
         for method in (DARE, BY_MAGNITUDE, DROP_ONLY, MAGNITUDE):
             if curve := measured.drop_curve(family.name, method):
-                cells = [_cell(curve[rate]) for rate in measured.settings.drop_rates]
+                cells = [cell(curve[rate]) for rate in measured.settings.drop_rates]
                 lines.append([family.name, method, f"{base:.1f}", *cells])
     head = ["model", "method", "base", *(f"p = {rate:g}" for rate in measured.settings.drop_rates)]
     return (
         "Score on a fine-tuned model's own task (per cent of held-out items, mean over three "
-        "models ± standard deviation over mask seeds) by drop rate p:\n\n" + _table(head, lines)
+        "models ± standard deviation over mask seeds) by drop rate p:\n\n" + table(head, lines)
     )
 
 
@@ -181,7 +183,7 @@ def _width_table(measured: Measured) -> str:
     ]
     rates = [f"p = {rate:g}" for rate in measured.settings.drop_rates if rate]
     head = ["width", f"drop rate that leaves {GAIN_TO_KEEP:.0%}", *rates]
-    return "Share of the gain over the base that is left, by width of the decoder:\n\n" + _table(
+    return "Share of the gain over the base that is left, by width of the decoder:\n\n" + table(
         head, lines
     )
 
@@ -200,10 +202,10 @@ def _weights_table(measured: Measured) -> str:
         deltas = measured.drop_curve(family.name, DARE).get(rate)
         weights = measured.drop_curve(family.name, DARE, WEIGHTS)[rate]
         whole = measured.drop_curve(family.name, DARE)[0.0]
-        of_deltas = _cell(deltas) if deltas else "not measured"
-        lines.append([family.name, _cell(whole), of_deltas, _cell(weights)])
+        of_deltas = cell(deltas) if deltas else "not measured"
+        lines.append([family.name, cell(whole), of_deltas, cell(weights)])
     head = ["model", "nothing dropped", f"{rate:.0%} of the deltas", f"{rate:.0%} of the weights"]
-    return "Dropping (and rescaling) deltas, or the fine-tuned weights themselves:\n\n" + _table(
+    return "Dropping (and rescaling) deltas, or the fine-tuned weights themselves:\n\n" + table(
         head, lines
     )
 
@@ -220,7 +222,7 @@ def _large_table(measured: Measured, verdicts: dict[str, str]) -> str:
         for method in (DARE, BY_MAGNITUDE):
             of_method = [row for row in rows if row.method == method]
             cells = [
-                _cell(measured.over_seeds([row for row in of_method if row.drop_rate == rate]))
+                cell(measured.over_seeds([row for row in of_method if row.drop_rate == rate]))
                 for rate in measured.settings.drop_rates
                 if rate
             ]
@@ -236,7 +238,7 @@ def _large_table(measured: Measured, verdicts: dict[str, str]) -> str:
     ]
     return (
         f"Models of {family.name} with small deltas, and one ({tasks.OTHER_TASK}) trained on with "
-        "a high learning rate and other data:\n\n" + _table(head, lines)
+        "a high learning rate and other data:\n\n" + table(head, lines)
     )
 
 
@@ -256,14 +258,14 @@ def _merge_table(measured: Measured) -> str:
                 found = measured.merged(family.name, models, method, scaling)
                 if not found:
                     continue
-                cells = [_cell(found[d]) if d in found else "" for d in densities]
+                cells = [cell(found[d]) if d in found else "" for d in densities]
                 if list(found) == [1.0]:
-                    cells = [_cell(found[1.0]), *[""] * (len(densities) - 1)]
+                    cells = [cell(found[1.0]), *[""] * (len(densities) - 1)]
                 lines.append(["", method, f"{scaling:g}", *cells])
     head = ["models", "method", "scaling", *(f"density {density:g}" for density in densities)]
     return (
         "Merges: mean score on the tasks of all merged models (methods without a density in the "
-        "first column):\n\n" + _table(head, lines)
+        "first column):\n\n" + table(head, lines)
     )
 
 
@@ -276,14 +278,14 @@ def _rounding_table(measured: Measured) -> str:
         for drop_rate, method in dict.fromkeys((row.drop_rate, row.method) for row in rows):
             of_line = [r for r in rows if (r.drop_rate, r.method) == (drop_rate, method)]
             cells = [
-                _cell(measured.over_seeds([row for row in of_line if row.scaling == weight]))
+                cell(measured.over_seeds([row for row in of_line if row.scaling == weight]))
                 for weight in weights
             ]
             lines.append([family.name, f"{drop_rate:g}", method, f"{base:.1f}", *cells])
     head = ["model", "drop rate", "dtype, rounding", "base", *(f"weight {w:g}" for w in weights)]
     return (
         "Three models fine-tuned so gently that their deltas are about a unit in the last place of "
-        "bfloat16, merged by DARE-linear: mean score on the three tasks:\n\n" + _table(head, lines)
+        "bfloat16, merged by DARE-linear: mean score on the three tasks:\n\n" + table(head, lines)
     )
 
 

@@ -40,6 +40,9 @@ class Settings:
         scalings: Factors of the merged delta.
         weights: Of each gently fine-tuned model in merges that are rounded.
         drop_rates_rounded: The paper's p in those.
+        reinforced: Fine-tuning by reinforcement, which changes about a fifth of the weights.
+        densities_reinforced: 1 - p in merges of such models.
+        weights_reinforced: Of each such model.
         seed: Of data and weights.
 
     """
@@ -60,6 +63,9 @@ class Settings:
     scalings: tuple[float, ...] = (0.5, 1.0)
     weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
     drop_rates_rounded: tuple[float, ...] = (0, 0.5)
+    reinforced: Training = Training(40, 2e-6)
+    densities_reinforced: tuple[float, ...] = (0.5, 0.2, 0.1)
+    weights_reinforced: tuple[float, ...] = (0.33, 0.5, 1.0)
     seed: int = 20231106
 
 
@@ -80,4 +86,7 @@ TOY = Settings(
     scalings=(1.0,),
     weights=(0.3,),
     drop_rates_rounded=(0,),
+    reinforced=Training(2, 1e-4),
+    densities_reinforced=(0.5,),
+    weights_reinforced=(0.5, 1.0),
 )

@@ -26,6 +26,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "quantiles": {str(q): total.quantile(q) for q in QUANTILES},
             "relative_norm": total.relative_norm,
             "zero_share": total.zero_share,
+            "changed_share": model.changed_share,
             f"share_above_{SMALL}": total.share_above(SMALL),
             f"share_above_{LARGE}": total.share_above(LARGE),
             "non_finite": total.non_finite,
@@ -42,7 +43,12 @@ def as_json(report: Report) -> dict[str, Any]:
             "reason": verdicts[name].reason,
         }
     pairs = [
-        {"models": list(pair), "cosine": p.cosine, "sign_conflicts": p.conflict_share}
+        {
+            "models": list(pair),
+            "cosine": p.cosine,
+            "both_change": p.both_share,
+            "sign_conflicts": p.conflict_share,
+        }
         for pair, p in report.pairs.items()
     ]
     change = report.change
@@ -85,8 +91,9 @@ def as_text(report: Report) -> str:
     for (first, second), pair in report.pairs.items():
         if pair.both:
             lines.append(
-                f"{first} and {second}: cosine {pair.cosine:.3f}, opposite signs in "
-                f"{pair.conflict_share:.1%} of the elements that both change"
+                f"{first} and {second}: cosine {pair.cosine:.3f}; both change "
+                f"{pair.both_share:.1%} of the elements, {pair.conflict_share:.1%} of those with "
+                "opposite signs"
             )
     change = report.change
     if change is not None and change.survives is not None:

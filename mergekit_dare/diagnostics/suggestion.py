@@ -40,11 +40,13 @@ class OfModel:
     Attributes:
         density: Its density.
         has_deltas: Whether it differs from the base model, so far as is known.
+        sparse: Whether most of its elements equal the base model's, so far as is known.
 
     """
 
     density: Setting
     has_deltas: bool = True
+    sparse: bool = False
 
 
 @dataclass
@@ -86,7 +88,12 @@ def suggest(
         return Suggestion(findings=findings)
     of_draft = checking.check([examination])
     of_models = [finding for finding in findings if finding not in of_draft]
-    text = _text(base, models, method, _of_models(examination, models), shared)
+    suggested = _of_models(examination, models)
+    text = _text(base, models, method, suggested, shared)
+    if any(model.sparse for model in suggested):
+        change = inspection.inspect(Examination(_parse(text), options, draft.models)).change
+        if change is not None and change.is_distorted:
+            text = _text(base, models, method, suggested, shared, _stochastic(change))
     return Suggestion(text, checking.check([Examination(_parse(text))]) + of_models)
 
 
@@ -129,9 +136,15 @@ def _of_models(examination: Examination, models: Sequence[str]) -> list[OfModel]
         OfModel(
             Setting(verdict.density, f"{verdict.sentence}: {verdict.reason}"),
             has_deltas=verdict.kind != "no change",
+            sparse=verdict.sparse,
         )
         for verdict in of_models
     ]
+
+
+def _stochastic(change: inspection.MergedChange) -> Setting:
+    reason = f"rounding to nearest would scale the merged change to {change.survives:.0%}"
+    return Setting("stochastic", f"{reason} in {change.dtype}")
 
 
 def _text(
@@ -140,6 +153,7 @@ def _text(
     method: str,
     of_models: Sequence[OfModel],
     shared: dict[str, Setting],
+    rounding: Setting | None = None,
 ) -> str:
     weight = Setting(1.0, "its whole delta")
     if len(models) > 1:
@@ -155,6 +169,8 @@ def _text(
         ]
     seed = Setting(SEED, "together with the models' weights, it decides what is dropped")
     lines += ["parameters:", f"  {_line('seed', seed)}"]
+    if rounding is not None:
+        lines.append(f"  {_line('rounding', rounding)}")
     lines += [_line(key, setting) for key, setting in shared.items()]
     return "\n".join(lines) + "\n"
 

@@ -667,7 +667,25 @@ HOSTILE = {
     "depth": ("merge_method: dare_ties\nmodels: " + "[" * 10_000 + "]" * 10_000, "too deeply"),
     "itself": ("&r\nmerge_method: dare_ties\nmodels: [*r]\n", "contains itself"),
     "aliases": (BOMB + CLEAN.replace("weight: 0.5", "weight: *i"), "more than 100,000 values"),
-    "no text": ("\udcff", ""),
+    "no text": ("\udcff", ":1: byte 0xff is not UTF-8; save the file as UTF-8"),
+    "cp1252": (CLEAN + "# caf\udce9\n", ":22: byte 0xe9 is not UTF-8"),
+    "UTF-16": ("\udcff\udcfe" + "\0".join(CLEAN), "is in UTF-16; save it as UTF-8"),
+    "a tab": (
+        CLEAN.replace("    parameters:", "\tparameters:", 1),
+        "that cannot start any token, while scanning for the next token; indent with spaces",
+    ),
+    "a Windows path": (
+        CLEAN.replace("./base", '"D:\\models"'),
+        ":2: cannot be read as YAML: found unknown escape character 'm', while scanning a double",
+    ),
+    "an indented key": (
+        CLEAN.replace("dtype:", "  dtype:").replace("  seed: 42\n", "  seed: 42\n "),
+        "; dtype belongs at the top level: remove the spaces before it",
+    ),
+    "a colon in a text": (
+        CLEAN.replace("./base", "models: base"),
+        ":2: cannot be read as YAML: mapping values are not allowed here; put a text that contains",
+    ),
 }
 
 

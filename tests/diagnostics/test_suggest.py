@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import safetensors
+import torch
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from mergekit_dare.cli import main
 from mergekit_dare.diagnostics import suggestion
@@ -67,6 +70,32 @@ def test_densities_are_those_of_the_deltas(models: Path) -> None:
     config = yaml.safe_load(result.stdout)
     assert [entry["parameters"]["density"] for entry in config["models"]] == [0.1, 1.0]
     assert "density: 1.0 # large deltas" in result.stdout
+
+
+def test_sparse_changes_survive_rounding(models: Path, tmp_path: Path) -> None:
+    """A third of one unit over density 0.5 would be rounded up to a unit: half as much again.
+
+    Of each model's 2,000 changes half are kept: 0.1 of 1.5 is some five standard deviations.
+    """
+    for number, name in enumerate(("x", "y", "z")):
+        shutil.copytree(models / "base", models / name)
+        tensors = zoo.load(models / name)
+        for tensor in tensors.values():
+            if tensor.dim() == 2:  # norms are few, and their units so large that they decide
+                tensor.view(-1)[number::15].view(torch.int16).add_(1)
+        save_file(tensors, models / name / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "c.yml"
+    result = suggest(models / "base", *(models / n for n in "xyz"), "-o", file)
+    assert result.exit_code == 0, result.output
+    config = yaml.safe_load(file.read_text())
+    assert config["parameters"] == {"seed": 42, "rounding": "stochastic"}
+    assert [entry["parameters"]["density"] for entry in config["models"]] == [0.5] * 3
+    (percentage,) = re.findall(r"scale the merged change to (\d+)% in bfloat16", file.read_text())
+    assert 135 < int(percentage) < 165
+    assert check_file(str(file), files=True) == []
+    # Two at half the weight and half the density: whole units, which need no other rounding.
+    config = yaml.safe_load(suggest(models / "base", models / "x", models / "y").stdout)
+    assert config["parameters"] == {"seed": 42}
 
 
 def test_what_tokenizers_need(models: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from mergekit_dare.diagnostics.checking import check_file
 from paper import __main__ as program
-from paper import measure, merges, models, tasks
+from paper import measure, merges, models, reinforced, tasks
 from paper.settings import FULL, TOY
 from tests.running import PROJECT
 
@@ -83,13 +83,21 @@ def test_configs_are_clean(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(merges.config_of(row, tmp_path)))
         found = [f for f in check_file(str(path)) if "nothing is dropped" not in f.message]
         assert found == [], row
+    for row in reinforced.rows(models.middle_decoder(families), FULL):
+        path.write_text(yaml.safe_dump(reinforced.config_of(row, tmp_path)))
+        found = [f for f in check_file(str(path)) if "nothing is dropped" not in f.message]
+        assert found == [], row
 
 
 def test_readme_has_the_table_of_the_committed_results() -> None:
     summary = (PROJECT / "examples" / "paper" / "results" / "summary.md").read_text()
     table = summary.split("\n\n")[1]
     assert table.startswith("| model | method | base |")
-    assert table in (PROJECT / "examples" / "paper" / "README.md").read_text()
+    readme = (PROJECT / "examples" / "paper" / "README.md").read_text()
+    assert table in readme
+    of_reinforced = PROJECT / "examples" / "paper" / "results" / "reinforced.md"
+    for table in of_reinforced.read_text().split("\n\n")[1::2]:
+        assert table.strip() in readme
 
 
 @pytest.mark.slow
@@ -104,6 +112,8 @@ def test_all_of_it_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "width.png",
         "merges.png",
         "deltas.png",
+        "reinforced.csv",
+        "reinforced.md",
     }
     families = [*models.decoders(TOY), models.encoder(TOY)]
     rows = merges.rows(families, TOY)

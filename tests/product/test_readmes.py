@@ -44,7 +44,8 @@ RUN_BY = {
     "mergekit-dare check examples/recipes": "test_our_examples_are_clean",
     "python3 examples/reproduce_paper.py": "test_all_of_it_at_toy_size",
     "python examples/make_models.py": "test_models_are_made_and_merged",
-    "python examples/evolve/search.py": "test_evolve",
+    "python3 examples/search": "test_the_example_is_searched",
+    "python examples/search": "test_ctrl_c_and_on",
     ".venv/bin/python -m tests.benchmarks": "a benchmark, never a test",
 }
 

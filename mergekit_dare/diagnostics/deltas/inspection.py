@@ -50,6 +50,7 @@ class ModelReport:
         noise_square_sums: Sum of the variances of the noise that DARE adds at the config's
             densities, by sampling.
         densities: Every density that the config gives it.
+        untouched: Number of elements in tensors that equal the base's.
         halves: Statistics of each half of the excerpts, to see how much they differ.
 
     """
@@ -63,6 +64,15 @@ class ModelReport:
         default_factory=lambda: dict.fromkeys(Sampling, 0.0)
     )
     densities: set[float] = field(default_factory=set)
+    untouched: int = 0
+
+    @property
+    def changed_share(self) -> float:
+        """Share of elements that differ from the base's, of the tensors that do.
+
+        So an adapter that was merged into a few layers does not pass for a sparse change.
+        """
+        return (self.total.count - self.total.zeros) / max(1, self.total.count - self.untouched)
 
     def relative_noise(self, sampling: Sampling = Sampling.UNIFORM) -> float:
         """L2 norm of the noise over that of the base."""
@@ -114,6 +124,11 @@ class MergedChange:
         return self.kept / self.square_sum if self.square_sum else None
 
     @property
+    def is_distorted(self) -> bool:
+        """Whether rounding to nearest shrinks or exaggerates the change by more than a tenth."""
+        return self.survives is not None and not 0.9 < self.survives < 1.1
+
+    @property
     def stochastic_noise(self) -> float | None:
         """The noise of stochastic rounding over the norm of the expected change."""
         if not self.square_sum:
@@ -146,13 +161,22 @@ class Report:
         """Return a sentence for each setting that would help."""
         sentences = []
         change = self.change
-        if change is not None and change.rounding is Rounding.NEAREST:
-            share = change.survives
-            if share is not None and not 0.9 < share < 1.1:
-                sentences.append(
-                    f"rounding to {change.dtype} scales the merged change to {share:.0%}; "
-                    "rounding: stochastic preserves it on average"
-                )
+        if change is not None and change.rounding is Rounding.NEAREST and change.is_distorted:
+            sentences.append(
+                f"rounding to {change.dtype} scales the merged change to {change.survives:.0%}; "
+                "rounding: stochastic preserves it on average"
+            )
+        sparse = [
+            f"{self.models[name].changed_share:.1%} in {name}"
+            for name, verdict in self.verdicts().items()
+            if verdict.sparse
+        ]
+        if sparse:
+            sentences.append(
+                f"density counts all elements, but few are changed ({', '.join(sparse)}): "
+                "sampling: uniform drops the same fraction of the few, sampling: magnitude none "
+                "where density exceeds a tensor's changed share"
+            )
         for name, model in self.models.items():
             uniform, magnitude = (model.relative_noise(sampling) for sampling in Sampling)
             if change is not None and change.sampling is Sampling.MAGNITUDE:
@@ -170,7 +194,9 @@ class Report:
         """Judge every model, also by how it compares with the others."""
         return {
             name: judge(
-                model.total, [other.total for other in self.models.values() if other is not model]
+                model.total,
+                [other.total for other in self.models.values() if other is not model],
+                model.changed_share,
             )
             for name, model in self.models.items()
         }
@@ -293,6 +319,8 @@ def _add_tensor(
         largest = max(-statistics.smallest, statistics.largest) + 0.0  # not -0.0
         of_model.tensors[name] = (largest, statistics.relative_norm)
         of_model.densities.add(density)
+        if statistics.zeros == statistics.count:
+            of_model.untouched += round(statistics.count * factor)
         if density > 0:
             uniform = noise_factor(density) ** 2 * statistics.square_sum
             of_model.noise_square_sums[Sampling.UNIFORM] += factor * uniform

@@ -212,6 +212,7 @@ class PairStatistics:
     Attributes:
         dot: Sum of the products of the two deltas.
         square_sums: Sum of the squares of the first, and of the second.
+        count: Number of elements.
         both: Number of elements that both models change.
         conflicts: Number of those that they change in opposite directions.
 
@@ -219,6 +220,7 @@ class PairStatistics:
 
     dot: float = 0.0
     square_sums: tuple[float, float] = (0.0, 0.0)
+    count: int = 0
     both: int = 0
     conflicts: int = 0
 
@@ -233,6 +235,7 @@ class PairStatistics:
             PairStatistics(
                 dot=float(torch.dot(first.wide, second.wide)),
                 square_sums=(first.square_sum, second.square_sum),
+                count=first.delta.numel(),
                 both=both,
                 conflicts=(both - agreeing_less_conflicts) // 2,
             )
@@ -243,6 +246,7 @@ class PairStatistics:
         self.dot += other.dot * factor
         (a, b), (c, d) = self.square_sums, other.square_sums
         self.square_sums = (a + c * factor, b + d * factor)
+        self.count += round(other.count * factor)
         self.both += round(other.both * factor)
         self.conflicts += round(other.conflicts * factor)
 
@@ -251,6 +255,11 @@ class PairStatistics:
         """Cosine of the angle between the two models' deltas."""
         length = math.sqrt(self.square_sums[0]) * math.sqrt(self.square_sums[1])
         return self.dot / length if length else 0.0
+
+    @property
+    def both_share(self) -> float:
+        """Fraction of the elements that both models change."""
+        return self.both / max(1, self.count)
 
     @property
     def conflict_share(self) -> float:

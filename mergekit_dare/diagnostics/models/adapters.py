@@ -7,7 +7,6 @@ from pathlib import Path
 
 import peft
 import torch
-from torch import Tensor
 
 from mergekit_dare.diagnostics.findings import cut, reason
 from mergekit_dare.diagnostics.models import loading
@@ -54,50 +53,51 @@ def problems(model: ModelDescription, folder: Path) -> list[str]:
 def _misfits(
     model: ModelDescription, folder: Path, stored: Mapping[str, StoredTensor]
 ) -> list[str]:
-    try:
-        places = _places(model, folder)
-    except Exception as error:
-        return [f"adapter {folder} does not fit {model.reference.model}: {cut(reason(error))}"]
-    if places is None:
-        return []
-    own, of_model = places
     base = str(model.reference.model)
+    try:
+        with torch.device("meta"), loading.in_silence():
+            empty = loading.make_empty(model)
+            if empty is None or getattr(empty, "_checkpoint_conversion_mapping", None):
+                return []  # not known
+            adapted = peft.get_peft_model(empty, peft.PeftConfig.from_pretrained(str(folder)))
+            if (wrong_size := _wrong_size(adapted, stored)) is not None:
+                name, shape, place = wrong_size
+                where = f"tensor {cut(name)} of adapter {folder} is {shape}"
+                return [f"{where}, but its place in {base} is {place}"]
+            missing, strange = _load(adapted, stored)
+    except Exception as error:  # of peft, transformers, torch
+        return [f"adapter {folder} does not fit {base}: {cut(reason(error))}"]
+    if strange and len(strange) == len(stored):
+        return [f"no tensor of adapter {folder} fits {base}: it has {_some(strange)}"]
     found = []
-    missing = [name for name in own if name not in stored]
-    strange = [name for name in stored if name not in own and name not in of_model]
-    if missing and strange and len(missing) == len(own):
-        names = f"it has {cut(strange[0])}, where {cut(missing[0])} is expected"
-        return [f"no tensor of adapter {folder} fits {base}: {names}"]
     if missing:
         found.append(f"adapter {folder} lacks {_some(missing)}, which its {CONFIG} asks for")
     if strange:
         found.append(f"adapter {folder} has {_some(strange)}, for which {base} has no place")
-    for name, tensor in stored.items():
-        place = own.get(name, of_model.get(name))
-        if place is not None and tuple(place.shape) != tensor.shape:
-            found.append(
-                f"tensor {cut(name)} of adapter {folder} is {tensor.shape}, but its place in "
-                f"{base} is {tuple(place.shape)}"
-            )
-            break
     return found
 
 
-def _places(
-    model: ModelDescription, folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return what an adapter's file is to hold, and what else it may hold of the model itself.
+def _wrong_size(
+    adapted: peft.PeftModel, stored: Mapping[str, StoredTensor]
+) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """Return the first tensor that has another shape than its place, with both shapes."""
+    places = dict(adapted.state_dict())  # what a file may hold of the model itself
+    places |= peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    for name, tensor in stored.items():
+        if name in places and tuple(places[name].shape) != tensor.shape:
+            return name, tensor.shape, tuple(places[name].shape)
+    return None
 
-    Both by the names in the file. ``None`` if the model's class is not known.
-    """
-    with torch.device("meta"), loading.in_silence():
-        empty = loading.make_empty(model)
-        if empty is None:
-            return None
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        adapted = peft.get_peft_model(empty, config)
-        own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return dict(own), dict(adapted.state_dict())
+
+def _load(
+    adapted: peft.PeftModel, stored: Mapping[str, StoredTensor]
+) -> tuple[list[str], list[str]]:
+    """Let PEFT load an adapter's tensors without data; return what is missing, and what is left."""
+    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+    result = peft.set_peft_model_state_dict(adapted, tensors)
+    # Of the model itself, nothing need be in an adapter; its own tensors bear an adapter's name.
+    missing = [name for name in result.missing_keys if ".default" in name]
+    return missing, list(result.unexpected_keys)
 
 
 def _some(names: list[str]) -> str:

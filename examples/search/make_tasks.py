@@ -1,6 +1,6 @@
 """Write the tasks of the search: multiple-choice questions for lm-eval, from held-out text.
 
-Usage: python examples/evolve/make_tasks.py FOLDER
+Usage: python examples/search/make_tasks.py FOLDER
 """
 
 from __future__ import annotations

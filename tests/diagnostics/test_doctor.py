@@ -105,7 +105,7 @@ def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "mergekit").mkdir()
     (tmp_path / "mergekit" / "__init__.py").write_text("raise ImportError('not this one')")
     assert ask(str(SCRIPTS)).remedy is None
-    assert doctor._active().remedy is None
+    assert doctor._active(True).remedy is None
 
 
 def test_a_command_that_is_no_python(tmp_path: Path, ask: Ask) -> None:

@@ -1,4 +1,4 @@
-"""``python -m mergekit_dare COMMAND ...``: a command of ours, or one of mergekit's with our methods.
+"""``python -m mergekit_dare COMMAND ...``: a command of ours, or mergekit's with our methods.
 
 For installations where Python's start-up files do not run, such as a folder on ``PYTHONPATH`` or
 one that ``pip install --target`` filled, and for those whose programs are not on the PATH.
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
 def _usage() -> str:
     return (
         f"usage: {PROGRAM} COMMAND ARGUMENTS...\n"
-        f"  {', '.join(MERGEKIT_COMMANDS)}: mergekit-yaml, mergekit-multi or mergekit-pytorch, with "
-        "mergekit-dare's dare_linear and dare_ties\n"
+        f"  {', '.join(MERGEKIT_COMMANDS)}: mergekit-yaml, mergekit-multi, mergekit-pytorch, "
+        "with mergekit-dare's dare_linear and dare_ties\n"
         f"  {', '.join(cli.COMMANDS)}: those of mergekit-dare"
     )
 

@@ -170,7 +170,9 @@ def _command() -> Line:
             return Line(name, where, "Install mergekit.")
         return Line(name, where, f"Use: {_BY_MODULE}")
     remedy = "Install mergekit-dare into the environment of that command."
-    if find_spec("mergekit") is not None:
+    if str(Path(script).parent) in folders:
+        remedy = "Fix the problems above."
+    elif find_spec("mergekit") is not None:
         remedy += f" Or, in this one, use: {_BY_MODULE}"
     line = _answer(f"{name} ({script})", _ask_command(script), remedy)
     if found is None:

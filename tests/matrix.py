@@ -2,10 +2,10 @@
 
 Usage: python3 tests/matrix.py [--install] [--folder FOLDER] [ROW...]
 
-Rows: oldest, newest, python3.12, python3.14. Each runs the quick selection, and gets an environment of its own,
-of some 6 GB where torch comes with CUDA, in a temporary folder, or in FOLDER, where it is kept:
-with --install it is made there, beside other work, and nothing is run. A row whose Python is not
-on this machine is named and left out.
+Rows: oldest, newest, python3.12, python3.14. Each runs the quick selection, and gets an environment
+of its own, of some 6 GB where torch comes with CUDA, in a temporary folder, or in FOLDER, where it
+is kept: with --install it is made there, beside other work, and nothing is run. A row whose Python
+is not on this machine is named and left out.
 """
 
 from __future__ import annotations

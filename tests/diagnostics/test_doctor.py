@@ -173,7 +173,7 @@ def test_mergekit_in_the_parent_environment(on_path: bool, tmp_path: Path) -> No
             (folder / path.name).symlink_to(path)
     body = (SCRIPTS / "mergekit-yaml").read_text().split("\n", 1)[1]
     script(parent / "bin", f"#!{sys.base_prefix}/bin/python3\n{body}")
-    making = [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", child]
+    making = [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", str(child)]
     subprocess.run(making, check=True)
     environment = {"PYTHONUSERBASE": str(parent), "PYTHONPATH": str(PROJECT), "HOME": "/nowhere"}
     environment["PATH"] = f"{parent / 'bin'}:/usr/bin:/bin" if on_path else "/usr/bin:/bin"

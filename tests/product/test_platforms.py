@@ -127,7 +127,7 @@ def test_a_merge_in_a_spawned_process(llamas: Path, tmp_path: Path) -> None:
     """As all child processes are on Windows and macOS: nothing is inherited."""
     config = write(dare(llamas, seed=4), tmp_path / "config.yml")
     (tmp_path / "spawn.py").write_text(SPAWN)
-    command = [sys.executable, tmp_path / "spawn.py", config, tmp_path / "out"]
+    command = [sys.executable, str(tmp_path / "spawn.py"), config, str(tmp_path / "out")]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert printed.stdout == "mergekit_dare.plugin.methods\n"
     assert "(mergekit-dare " in (tmp_path / "out" / "README.md").read_text()

@@ -2,10 +2,10 @@
 
 Usage: python3 tests/matrix.py [--install] [--folder FOLDER] [ROW...]
 
-Rows: oldest, newest, python3.12. Each runs the quick selection, and gets an environment of its own,
-of some 6 GB where torch comes with CUDA, in a temporary folder, or in FOLDER, where it is kept:
-with --install it is made there, beside other work, and nothing is run. A row whose Python is not
-on this machine is named and left out.
+Rows: oldest, newest, python3.12, python3.14. Each runs the quick selection, and gets an environment
+of its own, of some 6 GB where torch comes with CUDA, in a temporary folder, or in FOLDER, where it
+is kept: with --install it is made there, beside other work, and nothing is run. A row whose Python
+is not on this machine is named and left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.run import AT_ONCE, ONE_THREAD
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+UV = Path.home() / ".local" / "share" / "uv" / "python"
 # Run unless others are named: they have the oldest and the newest of everything.
 USUAL = ("oldest", "newest")
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "hatchling", "editables"]
@@ -46,6 +47,11 @@ class Row(NamedTuple):
     left_out: list[str]
 
 
+# mergekit's --lazy-unpickle does not work with Python 3.13 and later.
+LAZY_UNPICKLE = [
+    "tests/product/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
+    "tests/product/test_family.py::test_pytorch_with_pickled_and_other_files",
+]
 ROWS = {
     # mergekit 0.1.5 admits torch 2.0, but needs transformers 5, which needs torch 2.4.
     "oldest": Row(
@@ -60,19 +66,21 @@ ROWS = {
     "newest": Row(
         "3.13",
         ["mergekit", "torch", "transformers", "safetensors"],
-        # mergekit's --lazy-unpickle does not work with Python 3.13.
-        [
-            "tests/product/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
-            "tests/product/test_family.py::test_pytorch_with_pickled_and_other_files",
-        ],
+        LAZY_UNPICKLE,
+    ),
+    "python3.14": Row(
+        "3.14",
+        ["mergekit", "torch", "transformers", "safetensors"],
+        LAZY_UNPICKLE,
     ),
 }
 
 
 def interpreter(version: str) -> str | None:
-    """Return a Python of this version: on the PATH, or one that pyenv has."""
+    """Return a Python of this version: on the PATH, or one that pyenv or uv has."""
     candidates = [shutil.which(f"python{version}")]
     candidates += sorted(glob.glob(str(PYENV / "versions" / f"{version}.*" / "bin" / "python")))
+    candidates += sorted(glob.glob(str(UV / f"cpython-{version}.*" / "bin" / f"python{version}")))
     for candidate in filter(None, candidates):
         asked = subprocess.run([candidate, "--version"], capture_output=True, check=False)
         if asked.returncode == 0:

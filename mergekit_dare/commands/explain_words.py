@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def _shortened(name: str) -> str:
     """Return the last part of a long path, and that of an adapter's."""
     if len(name) <= LONG_NAME:
         return name
-    return "+".join(path.rstrip("/").rsplit("/", 1)[-1] for path in name.split("+"))
+    return "+".join(re.split(r"[/\\]", path.rstrip("/\\"))[-1] for path in name.split("+"))
 
 
 def value(found: Any) -> str:

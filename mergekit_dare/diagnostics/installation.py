@@ -12,13 +12,17 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import mergekit_dare
 from mergekit_dare import __version__
 from mergekit_dare.plugin import autoload, registration
 
-STARTUP_FILE = "mergekit_dare.pth"
+STARTUP_FILE, STARTUP_ENTRY = "mergekit_dare.pth", "mergekit_dare.start"
+# A project's folder has what an installation of it copies; an installed package does not.
+_STARTUP_SOURCES = Path(mergekit_dare.__file__).parent / "plugin" / "startup"
+_BY_MODULE = "python -m mergekit_dare yaml CONFIG OUT"
 # The interpreter that is asked prints each method's name and the module that it comes from.
 _MARK = "mergekit-dare doctor:"
 _PROBE = (
@@ -46,17 +50,15 @@ class Line:
 
 def examine() -> list[Line]:
     """Examine this interpreter and the ``mergekit-yaml`` on the PATH."""
-    return [
+    found = [
         Line("mergekit-dare", f"{__version__} in {Path(mergekit_dare.__file__).parent}"),
         Line("Python", f"{platform.python_version()} ({sys.executable})"),
         _package("torch", "pip install torch"),
         _mergekit(),
         _switch(),
         _startup_file(),
-        _active(),
-        _command(),
-        _numba(),
     ]
+    return [*found, _active(all(line.remedy is None for line in found)), _command(), _numba()]
 
 
 def _package(name: str, remedy: str) -> Line:
@@ -101,7 +103,7 @@ def _switch() -> Line:
 def _startup_file() -> Line:
     """Find the file in the package's own list of files: site-packages may be anywhere."""
     name = "start-up file"
-    remedy = "Install with pip; or use: python -m mergekit_dare yaml CONFIG OUT"
+    remedy = f"Install with pip; or use: {_BY_MODULE}"
     try:
         files = distribution("mergekit-dare").files or []
     except PackageNotFoundError:
@@ -110,9 +112,31 @@ def _startup_file() -> Line:
         path = Path(str(file.locate()))
         if file.name == STARTUP_FILE and path.exists():
             if path.parent.resolve() in _site_folders():
-                return Line(name, str(path))
+                return _as_the_project_has_it(name, path)
             return Line(name, f"{path}: Python reads no start-up files in that folder", remedy)
     return Line(name, "none", f"{remedy} (start-up files do not work with pip install --target)")
+
+
+def _as_the_project_has_it(name: str, path: Path) -> Line:
+    """Compare start-up files with those that the project would install, if it is run from there.
+
+    An editable installation takes new modules from the project's folder, but keeps old copies of
+    these files, which may import a module that is no longer there.
+    """
+    for file in (path, path.with_name(STARTUP_ENTRY)):
+        source = _STARTUP_SOURCES / file.name
+        if file.exists() and source.exists() and _words(file) != _words(source):
+            project = Path(mergekit_dare.__file__).parent.parent
+            return Line(
+                name,
+                f"{file} is of another version than the code",
+                f"Run this in {project}: pip install -e .",
+            )
+    return Line(name, str(path))
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8-sig", errors="replace").split()
 
 
 def _site_folders() -> set[Path]:
@@ -123,22 +147,33 @@ def _site_folders() -> set[Path]:
     return {Path(folder).resolve() for folder in folders}
 
 
-def _active() -> Line:
+def _active(is_well_so_far: bool) -> Line:
     """Ask a new process, since this one may have registered our methods itself."""
     asked = _ask([sys.executable, "-c", _PROBE])
-    return _answer("this interpreter", asked, "Fix the problems above.")
+    remedy = "Fix the problems above."
+    if is_well_so_far:
+        said = [] if isinstance(asked, str) else asked.stderr.strip().splitlines()
+        why = f" It said: {said[-1].strip()}" if said else ""
+        remedy = f"Install mergekit-dare again; until then, use: {_BY_MODULE}{why}"
+    return _answer("this interpreter", asked, remedy)
 
 
 def _command() -> Line:
     """Ask the interpreter of the ``mergekit-yaml`` on the PATH, or of the one beside ours."""
     name = "mergekit-yaml"
     found = shutil.which(name)
-    beside = shutil.which(name, path=str(Path(sys.executable).parent))
-    if found is None and beside is None:
-        return Line(name, "not on the PATH", f"Put {Path(sys.executable).parent} on the PATH.")
-    script = found or beside
-    assert script is not None
+    folders = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
+    script = found or shutil.which(name, path=os.pathsep.join(folders))
+    if script is None:
+        where = "neither on the PATH nor beside this Python"
+        if find_spec("mergekit") is None:
+            return Line(name, where, "Install mergekit.")
+        return Line(name, where, f"Use: {_BY_MODULE}")
     remedy = "Install mergekit-dare into the environment of that command."
+    if str(Path(script).parent) in folders:
+        remedy = "Fix the problems above."
+    elif find_spec("mergekit") is not None:
+        remedy += f" Or, in this one, use: {_BY_MODULE}"
     line = _answer(f"{name} ({script})", _ask_command(script), remedy)
     if found is None:
         return Line(line.name, f"{line.found} (not on the PATH; call it by this path)", line.remedy)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from mergekit_dare.cli import main
 from mergekit_dare.diagnostics import installation as doctor
-from tests.running import SCRIPTS, run_command
+from tests.running import PROJECT, SCRIPTS, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,7 @@ def test_a_folder_with_a_clone_of_mergekit(tmp_path: Path, ask: Ask) -> None:
     (tmp_path / "mergekit").mkdir()
     (tmp_path / "mergekit" / "__init__.py").write_text("raise ImportError('not this one')")
     assert ask(str(SCRIPTS)).remedy is None
-    assert doctor._active().remedy is None
+    assert doctor._active(True).remedy is None
 
 
 def test_a_command_that_is_no_python(tmp_path: Path, ask: Ask) -> None:
@@ -124,6 +125,74 @@ def test_a_start_up_file_in_a_folder_without_them(monkeypatch: pytest.MonkeyPatc
     line = doctor._startup_file()
     assert line.found.endswith("Python reads no start-up files in that folder")
     assert line.remedy is not None
+
+
+class _Installed:
+    """An installed file as importlib.metadata tells of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.files = path.name, [self]
+        self.locate = lambda: path
+
+
+@pytest.mark.parametrize("stale", [doctor.STARTUP_FILE, doctor.STARTUP_ENTRY])
+def test_a_start_up_file_of_an_earlier_layout(
+    stale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in doctor._STARTUP_SOURCES.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
+    installed = _Installed(tmp_path / doctor.STARTUP_FILE)
+    monkeypatch.setattr(doctor, "distribution", lambda name: installed)
+    monkeypatch.setattr(doctor, "_site_folders", lambda: {tmp_path.resolve()})
+    assert doctor._startup_file().remedy is None
+    (tmp_path / stale).write_text("import mergekit_dare.autoload\n")
+    line = doctor._startup_file()
+    assert line.found == f"{tmp_path / stale} is of another version than the code"
+    assert line.remedy == f"Run this in {PROJECT}: pip install -e ."
+    monkeypatch.setattr(doctor, "_STARTUP_SOURCES", Path("/nowhere"))  # installed from a wheel
+    assert doctor._startup_file().remedy is None
+
+
+def test_not_active_though_nothing_is_wrong_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = subprocess.CompletedProcess([], 0, f"{doctor._MARK} dare_ties=other\n", "a\nwhy not\n")
+    monkeypatch.setattr(doctor, "_ask", lambda command: said)
+    again = "Install mergekit-dare again; until then, use: python -m mergekit_dare yaml CONFIG OUT"
+    assert doctor._active(True).remedy == f"{again} It said: why not"
+    assert doctor._active(False).remedy == "Fix the problems above."
+
+
+@pytest.mark.parametrize("on_path", [False, True])
+def test_mergekit_in_the_parent_environment(on_path: bool, tmp_path: Path) -> None:
+    """``python -m venv --system-site-packages``, where the parent has mergekit and its program."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    scheme = "nt_user" if sys.platform == "win32" else "posix_user"
+    folder = Path(sysconfig.get_path("purelib", scheme, {"userbase": str(parent)}))
+    folder.mkdir(parents=True)
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mergekit_dare" not in path.name and path.suffix != ".pth":
+            (folder / path.name).symlink_to(path)
+    body = (SCRIPTS / "mergekit-yaml").read_text().split("\n", 1)[1]
+    script(parent / "bin", f"#!{sys.base_prefix}/bin/python3\n{body}")
+    making = [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", str(child)]
+    subprocess.run(making, check=True)
+    environment = {"PYTHONUSERBASE": str(parent), "PYTHONPATH": str(PROJECT), "HOME": "/nowhere"}
+    environment["PATH"] = f"{parent / 'bin'}:/usr/bin:/bin" if on_path else "/usr/bin:/bin"
+    result = subprocess.run(
+        [child / "bin" / "python", "-m", "mergekit_dare", "doctor"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = result.stdout.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if "OFF mergekit-yaml" in line]
+    use = "python -m mergekit_dare yaml CONFIG OUT"
+    if on_path:
+        assert lines[at].endswith(": dare_linear and dare_ties from mergekit itself")
+        assert lines[at + 1].endswith(f"environment of that command. Or, in this one, use: {use}")
+    else:
+        assert lines[at].endswith("neither on the PATH nor beside this Python")
+        assert lines[at + 1] == f"    Use: {use}"
+    assert f"Put {child}" not in result.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")

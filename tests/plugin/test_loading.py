@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_dare.cli import COMMANDS
 from tests import zoo
 from tests.running import PROJECT, dare, merge_yaml, write
 
@@ -340,9 +341,54 @@ def test_a_folder_on_pythonpath(without: Environment, llamas: Path, tmp_path: Pa
 
 
 def test_usage_of_the_module(installed: Environment) -> None:
-    for arguments in ([], ["nonsense"]):
-        _, said = installed.run("-m", "mergekit_dare", *arguments, check=False)
-        assert said.startswith("usage: python -m mergekit_dare {yaml,multi,pytorch} ARGUMENTS")
+    for arguments in ([], ["nonsense"], ["--help"]):
+        text = "".join(installed.run("-m", "mergekit_dare", *arguments, check=False))
+        assert text.startswith("usage: python -m mergekit_dare COMMAND ARGUMENTS...\n")
+        assert "\n  yaml, multi, pytorch: mergekit-yaml, " in text
+        assert "\n  by-name, check, doctor, explain, inspect, suggest, verify: those of " in text
+
+
+HELP_OF_ALL = """
+from mergekit_dare import __main__, cli
+for name in cli.COMMANDS:
+    try: __main__.main([name, "--help"])
+    except SystemExit as left: assert left.code == 0
+"""
+
+
+def test_our_own_commands_by_the_module(without: Environment, llamas: Path, tmp_path: Path) -> None:
+    """Each does there what it does as a program, with our methods, and names itself rightly."""
+    path = str(PROJECT)
+    said = without.code(HELP_OF_ALL, PYTHONPATH=path)[0]
+    for name in COMMANDS:
+        assert f"Usage: python -m mergekit_dare {name} " in said
+    config = write(dare(llamas, seed=4), tmp_path / "config.yml")
+    run = ("-m", "mergekit_dare")
+    assert without.run(*run, "check", "--files", config, PYTHONPATH=path)[0] == (
+        "No problems found.\n"
+    )
+    out = str(tmp_path / "out")
+    without.run(*run, "by-name", config, out, "--quiet", PYTHONPATH=path)
+    assert without.run(*run, "verify", out, PYTHONPATH=path)[0].startswith("Identical to the byte")
+    printed, _ = without.run(*run, "doctor", check=False, PYTHONPATH=path)
+    assert "OFF start-up file: none: this copy was not installed by pip" in printed
+    assert "    Use: python -m mergekit_dare yaml CONFIG OUT\n" in printed
+
+
+def test_the_doctor_on_a_start_up_file_of_an_earlier_layout(packages: Path, tmp_path: Path) -> None:
+    """As in a project's folder after ``git pull``; what the doctor advises mends it."""
+    environment = Environment(tmp_path / "venv", packages)
+    environment.install("-e", str(PROJECT))
+    (environment.site / "mergekit_dare.pth").write_text("import mergekit_dare.autoload\n")
+    doctor = ("-m", "mergekit_dare", "doctor")
+    printed, _ = environment.run(*doctor, check=False)
+    assert "mergekit_dare.pth is of another version than the code\n" in printed
+    assert f"    Run this in {PROJECT}: pip install -e .\n" in printed
+    assert "OFF this interpreter: dare_linear and dare_ties from mergekit itself\n" in printed
+    environment.install("-e", str(PROJECT))
+    printed, _ = environment.run(*doctor, check=False)
+    assert printed.count("OFF ") == 1  # the packages of this environment bring no mergekit-yaml
+    assert "OFF mergekit-yaml: neither on the PATH nor beside this Python\n" in printed
 
 
 def test_without_mergekit(wheel: Path, tmp_path: Path) -> None:

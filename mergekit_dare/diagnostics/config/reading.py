@@ -99,7 +99,7 @@ def _read_text(path: str) -> str:
         content = Path(path).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise UnusableFileError(f"{path} is in UTF-16; save it as UTF-8")
-        return content.decode("utf-8")
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]

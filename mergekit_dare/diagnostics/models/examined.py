@@ -43,8 +43,7 @@ class ExaminedModels:
 
     def _files_of(self, model: ModelPath) -> ModelFiles:
         if model not in self._files:
-            if model.path.startswith("~"):
-                problem = "mergekit does not expand ~; write the full path"
+            if (problem := model_files.why_not_a_path(model.path)) is not None:
                 self._files[model] = ModelFiles(problems=[problem])
             elif is_local(model.path):
                 self._files[model] = model_files.examine(Path(model.path))
@@ -56,6 +55,8 @@ class ExaminedModels:
         lora = model.reference.lora
         if lora is None or model.files.why_unusable:
             return []
+        if (problem := model_files.why_not_a_path(lora.path)) is not None:
+            return [problem]
         if is_local(lora.path):
             return adapters.problems(model, Path(lora.path))
         return self._hub.examine_adapter(lora)

@@ -6,11 +6,12 @@ mergekit ends with a traceback when it meets a damaged file, but not every trace
 from __future__ import annotations
 
 import json
+import os
 import stat
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -223,6 +224,8 @@ def _examine_safetensors(file: Path, found: ModelFiles) -> None:
 
 def is_local(name: str) -> bool:
     """Tell whether a model's name is a path on this machine, and not the name of one on the hub."""
+    if "\\" in name or PureWindowsPath(name).drive:  # as no name on the hub, whatever the system
+        return True
     path = Path(name)
     try:
         if path.exists():
@@ -231,6 +234,19 @@ def is_local(name: str) -> bool:
     except (OSError, ValueError):  # longer than a path may be
         return True
     return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or beside_others
+
+
+def why_not_a_path(name: str) -> str | None:
+    """Say what is wrong with how a config writes a model's path, if something is."""
+    if name.startswith("~"):
+        return "mergekit does not expand ~; write the full path"
+    unprintable = next((character for character in name if character < " "), None)
+    if unprintable is not None and not os.path.exists(name):
+        return (
+            f"the path {cut(repr(name))} contains the control character {unprintable!r}: write it "
+            "in single quotes, as a backslash in double quotes is an escape"
+        )
+    return None
 
 
 def looks_like_a_hub_name(name: str) -> bool:

@@ -49,8 +49,8 @@ class Row(NamedTuple):
 
 # mergekit's --lazy-unpickle does not work with Python 3.13 and later.
 LAZY_UNPICKLE = [
-    "tests/product/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
-    "tests/product/test_family.py::test_pytorch_with_pickled_and_other_files",
+    "tests/end_to_end/test_family.py::test_options_and_pickled_inputs[lazy-unpickle-bin]",
+    "tests/end_to_end/test_family.py::test_pytorch_with_pickled_and_other_files",
 ]
 ROWS = {
     # mergekit 0.1.5 admits torch 2.0, but needs transformers 5, which needs torch 2.4.
@@ -58,7 +58,7 @@ ROWS = {
         "3.10",
         ["torch==2.4.0", "transformers==5.0.0", "safetensors==0.5.2", "mergekit==0.1.5"],
         # mergekit-moe's own check of what it wrote fails with this transformers.
-        ["tests/product/test_family.py::test_moe_of_dare_outputs"],
+        ["tests/end_to_end/test_family.py::test_moe_of_dare_outputs"],
     ),
     "python3.12": Row(
         "3.12", ["-c", str(PROJECT / "examples" / "constraints.txt"), "mergekit"], []

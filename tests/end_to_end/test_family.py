@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tests import zoo
-from tests.product.test_configs import merged_in_python
+from tests.end_to_end.test_configs import merged_in_python
 from tests.running import Config, dare, merge_multi, merge_pytorch, merge_yaml, write
 
 LAYER = "model.layers.1.mlp.up_proj.weight"

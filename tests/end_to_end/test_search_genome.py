@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 from search import SearchError, evaluation, evolution, score_lm_eval, workers
 from search.searching import search
 from tests import zoo
-from tests.product.test_search import SEARCH, wanted
+from tests.end_to_end.test_search import SEARCH, wanted
 from tests.running import Config
 
 

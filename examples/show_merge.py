@@ -1,4 +1,4 @@
-"""Load a merge of the example models in transformers, beside its base, and say whose method made it.
+"""Load a merge of the example models and its base, compare them, and say whose method merged.
 
 Usage: python examples/show_merge.py OUT
 """

@@ -72,6 +72,23 @@ def test_models_are_made_and_merged(
         combine = "TIES" if config["merge_method"] == "dare_ties" else "linear"
         assert re.search(rf"was merged by DARE-{combine} \(mergekit-dare .* LlamaForCaus", last)
 
+    adapters = load_script("adapters", monkeypatch)
+    monkeypatch.setattr(adapters, "FOLDER", tmp_path / "examples" / "models")
+    monkeypatch.setattr(adapters, "STEPS", 2)
+    monkeypatch.setattr(adapters, "DENSITIES", (0.5,))
+    monkeypatch.setattr(adapters, "RANKS", (8, 256))
+    adapters.main()
+    rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [row[:2] for row in rows] == [
+        [title, rank]
+        for title in ("adapters, density 0.5", "dare.yml")
+        for rank in ("all", "8", "256")
+    ]
+    lost = [int(row[2].removesuffix("%")) for row in rows]
+    assert lost[0] == lost[2] == lost[3] == lost[5] == 0
+    assert lost[1] > 50
+    assert lost[4] > 50
+
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_weights_of_the_examples_make_an_average(example: Path) -> None:

@@ -42,6 +42,8 @@ RUN_BY = {
     "mergekit-multi": "test_every_command_and_the_python_api_agree",
     "mergekit-yaml examples/recipes": "needs the hub",
     "mergekit-dare check examples/recipes": "test_our_examples_are_clean",
+    "mergekit-dare explain examples/recipes": "test_layers_alone",
+    "python examples/adapters.py": "test_models_are_made_and_merged",
     "python3 examples/reproduce_paper.py": "test_all_of_it_at_toy_size",
     "python examples/make_models.py": "test_models_are_made_and_merged",
     "python3 examples/search": "test_the_example_is_searched",

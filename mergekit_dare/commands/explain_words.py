@@ -16,6 +16,7 @@ from mergekit_dare.diagnostics.plan.explanation import ExplainedTensor, Explanat
 WIDTH = 100
 LONG_NAME = 24  # of a model: beyond, only its last part is shown
 MOST_TURNS = 5  # of a gradient, before only its range is shown
+ROUNDED = 0.02  # how far from 1 the sum of equal shares may be, such as 0.33 of three models
 
 
 class Labels:
@@ -256,11 +257,13 @@ def _of_sums(tensors: list[ExplainedTensor], normalize: bool) -> str:
             "that of the elected sign: an average of the changes."
         )
     meanings = []
-    if any(total < 1 and not math.isclose(total, 1) for total in sums):
+    if any(total < 1 - ROUNDED for total in sums):
         meanings.append("below 1, each change enters in part")
-    if any(math.isclose(total, 1) for total in sums):
-        meanings.append("at 1, that is an average of the changes")
-    if any(total > 1 and not math.isclose(total, 1) for total in sums):
+    averages = [total for total in sums if abs(total - 1) <= ROUNDED]
+    if averages:
+        at = "at" if all(math.isclose(total, 1) for total in averages) else "at about"
+        meanings.append(f"{at} 1, that is an average of the changes")
+    if any(total > 1 + ROUNDED for total in sums):
         whole = " (of weights of 1 each, the whole of each change)"
         is_whole = all(weight == 1 for weight in _weights_of(tensors))
         more = "the whole of each change" if is_whole else f"more than an average: a sum{whole}"

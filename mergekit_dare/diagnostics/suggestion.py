@@ -157,7 +157,8 @@ def _text(
 ) -> str:
     weight = Setting(1.0, "its whole delta")
     if len(models) > 1:
-        weight = Setting(round(1 / len(models), 2), "an equal share; deltas are summed")
+        reason = "an equal share: the weights add up to 1, an average of the changes"
+        weight = Setting(round(1 / len(models), 3), reason)
     lines = [f"merge_method: {method}", f"base_model: {_scalar(_named(base))}", "models:"]
     for model, suggested in zip(models, of_models, strict=True):
         without = Setting(weight.value, "without effect: it equals the base model")

@@ -268,6 +268,7 @@ def test_text(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 SUMS: list[tuple[list[Any], Config, str]] = [
     ([0.3, 0.2], {}, "The weights add up to 0.5: below 1, each change enters in part."),
     ([0.1, 0.9], {}, "The weights add up to 1: at 1, that is an average of the changes."),
+    ([0.49, 0.5], {}, "add up to 0.99: at about 1, that is an average of the changes."),
     ([1, 1], {}, "The weights add up to 2: above 1, that is the whole of each change."),
     ([1, 0.5], {}, "The weights add up to 1.5: above 1, that is more than an average"),
     ([1, 1], {"normalize": True}, "add up to 2, and normalize divides by their sum"),

@@ -26,6 +26,7 @@ class Models:
     Attributes:
         base: The base model's tensors.
         tuned: Each fine-tuned model's, by path.
+        speaking: The model that takes the tensors of one model after the other.
         is_decoder: Whether they say a token at each place, not one class of a whole text.
 
     """
@@ -48,12 +49,12 @@ class Models:
         self.base = _load(kind, base).state_dict()
         self.tuned = {path: _load(kind, path).state_dict() for path in tuned}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._speaking = _load(kind, base, torch.float32).eval().to(device)
+        self.speaking = _load(kind, base, torch.float32).eval().to(device)
 
     @property
     def settings(self) -> Any:
         """The base model's ``config.json``."""
-        return self._speaking.config
+        return self.speaking.config
 
     def merged(self, config: Config) -> Tensors:
         """Merge with mergekit's function for Python.
@@ -88,7 +89,7 @@ class Models:
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Let :meth:`logits` speak for a model; its tensors are computed with in float32."""
-        self._speaking.load_state_dict(tensors)
+        self.speaking.load_state_dict(tensors)
 
     @torch.inference_mode()
     def logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -104,11 +105,11 @@ class Models:
         """
         pad = self.settings.pad_token_id or 0
         length = max(map(len, texts))
-        device = self._speaking.device
+        device = self.speaking.device
         tokens = torch.tensor([[*text] + [pad] * (length - len(text)) for text in texts]).to(device)
         lengths = torch.tensor([[len(text)] for text in texts])
         is_text = (torch.arange(length) < lengths).to(device)
-        found: Tensor = self._speaking(input_ids=tokens, attention_mask=is_text.long()).logits
+        found: Tensor = self.speaking(input_ids=tokens, attention_mask=is_text.long()).logits
         return found[is_text] if self.is_decoder else found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ class Listener:
     """
 
     def __init__(
-        self, models: Models, paths: Mapping[str, str], tokens: Mapping[str, Tokens], by: By
+        self,
+        models: Models,
+        paths: Mapping[str, str],
+        tokens: Mapping[str, Tokens],
+        by: By,
+        batch: int = BATCH,
     ) -> None:
         """Listen to every fine-tuned model on its texts, and to the base on all of them.
 
@@ -40,6 +45,7 @@ class Listener:
             paths: The path of each fine-tuned model, by name.
             tokens: Its texts, by name, as :func:`tokenized` returns them.
             by: What agreement is measured by.
+            batch: How many texts a model is given at once.
 
         Raises:
             SearchError: the base says all that a model says.
@@ -48,11 +54,12 @@ class Listener:
         self.by = by
         self._models = models
         self._tokens = tokens
+        self._batch = batch
         self._said: dict[str, list[Said]] = {}
         for name, path in paths.items():
             models.take(models.tuned[path])
             self._said[name] = [
-                score.said(models.logits(batch)) for batch in _batches(tokens[name], name)
+                score.said(models.logits(texts)) for texts in self._batches(name, name)
             ]
         self.base = self._agreements(models.base, "base")
         score.shares(self.base, self.base)
@@ -66,13 +73,24 @@ class Listener:
         self._models.take(tensors)
         found = {}
         for name, all_said in self._said.items():
-            batches = _batches(self._tokens[name], f"{who} on {name}")
+            batches = self._batches(name, f"{who} on {name}")
             places = [
-                score.agreements(said, self._models.logits(batch), self.by)
-                for said, batch in zip(all_said, batches, strict=True)
+                score.agreements(said, self._models.logits(texts), self.by)
+                for said, texts in zip(all_said, batches, strict=True)
             ]
             found[name] = float(torch.cat(places).double().mean())
         return found
+
+    def _batches(self, name: str, what: str) -> Iterator[Tokens]:
+        """Yield some of a model's texts at a time, with a progress bar that is gone afterwards."""
+        texts, size = self._tokens[name], self._batch
+        for start in tqdm(range(0, len(texts), size), desc=what, leave=False, disable=None):
+            yield texts[start : start + size]
+
+
+def default_for(models: Models) -> By:
+    """Return what agreement is measured by, unless the user says otherwise."""
+    return By.DIVERGENCE if models.is_decoder else By.SAME
 
 
 def tokenized(models: Models, base: str, texts: Mapping[str, Texts]) -> dict[str, Tokens]:
@@ -101,9 +119,3 @@ def tokenized(models: Models, base: str, texts: Mapping[str, Texts]) -> dict[str
         if wrong:
             raise SearchError(f"{each.path} has token {wrong[0]}, but the base has {vocabulary:,}")
     return found
-
-
-def _batches(texts: Tokens, what: str) -> Iterator[Sequence[Sequence[int]]]:
-    """Yield some texts at a time, with a progress bar that is gone afterwards."""
-    for start in tqdm(range(0, len(texts), BATCH), desc=what, leave=False, disable=None):
-        yield texts[start : start + BATCH]

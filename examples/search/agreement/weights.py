@@ -91,10 +91,10 @@ def _words(given: Mapping[str, Texts], by: By) -> str:
 def _listen(merge: Merge, given: Mapping[str, Texts], by: str | None) -> tuple[Models, Listener]:
     """Load all models and listen to those that teach."""
     from search.agreement.in_memory import Models
-    from search.agreement.listening import Listener, tokenized
+    from search.agreement.listening import Listener, default_for, tokenized
 
     models = Models(merge.base, list(merge.models.values()))
-    default = By.DIVERGENCE if models.is_decoder else By.SAME
     tokens = tokenized(models, merge.base, given)
-    listener = Listener(models, merge.models, tokens, default if by is None else By(by))
+    wanted = default_for(models) if by is None else By(by)
+    listener = Listener(models, merge.models, tokens, wanted)
     return models, listener

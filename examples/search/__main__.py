@@ -61,11 +61,22 @@ def _parse() -> argparse.Namespace:
     add("--folder", type=Path, help="to work and write in (default: CONFIG's name and -search)")
     add("--merge-options", default="", help="of mergekit-yaml: --merge-options='--cuda'")
     add("--seed", type=int, default=42, help="of CMA-ES, and of configs without one")
-    add("--evaluations", type=int, default=24, help="merges of a search by CMA-ES")
+    add("--evaluations", type=int, default=24, help="merges of a search by CMA-ES or --agree")
+    add(
+        "--agree",
+        nargs="*",
+        action="extend",
+        metavar="NAME=FILE",
+        help="search one weight a model by how much the merge says what each model says on "
+        "texts of its own kind, without labels (JSON lines)",
+    )
+    add("--agree-by", choices=["same", "divergence"], help="same class or token, or divergence")
     add("--ray", action="store_true", help="CMA-ES in Ray workers: RAY_ADDRESS, or two nodes here")
     arguments = parser.parse_args()
     if arguments.evaluations < 1:
         parser.error("--evaluations must be at least 1")
+    if arguments.agree is not None and bool(arguments.agree) != (arguments.config is not None):
+        parser.error("with a CONFIG, --agree takes NAME=FILE of each model, without one, nothing")
     return arguments
 
 
@@ -80,18 +91,34 @@ def _again_in(programs: Path) -> None:
 def _use_the_example(arguments: argparse.Namespace) -> None:
     """Fill in what searches the example models, and train them if they are not there."""
     given: Path | None = arguments.folder
-    arguments.folder = Path("examples/search/work") if given is None else given.resolve()
-    arguments.config = HERE / "example.yml"
-    arguments.grid = arguments.grid or EXAMPLE_GRID
-    if arguments.score is None:
-        arguments.score = EXAMPLE_SCORE
-        arguments.minimize = True
+    work = Path("examples/search/work") / ("" if arguments.agree is None else "agree")
+    arguments.folder = work if given is None else given.resolve()
     os.environ["HF_HUB_OFFLINE"] = "1"  # the models are local
     os.chdir(PROJECT)  # the config's paths start there
     if not (HERE.parent / "models" / "arithmetic").exists():
         made = subprocess.run([sys.executable, "examples/make_models.py"], check=False)
         if made.returncode != 0:
             sys.exit(made.returncode)
+    if arguments.agree is None:
+        _use_the_grid(arguments)
+    else:
+        _use_the_texts(arguments)
+
+
+def _use_the_grid(arguments: argparse.Namespace) -> None:
+    arguments.config = HERE / "example.yml"
+    arguments.grid = arguments.grid or EXAMPLE_GRID
+    if arguments.score is None:
+        arguments.score = EXAMPLE_SCORE
+        arguments.minimize = True
+
+
+def _use_the_texts(arguments: argparse.Namespace) -> None:
+    from search.agreement import make_texts
+
+    arguments.config = HERE / "agreement" / "example.yml"
+    files = make_texts.main(arguments.folder / "texts")
+    arguments.agree = [f"{name}={path}" for name, path in files.items()]
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:
@@ -107,6 +134,8 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
         seed=arguments.seed,
         evaluations=arguments.evaluations,
         ray=arguments.ray,
+        agree=arguments.agree or [],
+        agree_by=arguments.agree_by,
     )
 
 

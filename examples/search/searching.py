@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search import SearchError, evaluation, evolution, grid, report, workers
+from search.agreement import weights
 from search.evaluation import Evaluator
 from search.scores import Run, Scores, Scoring
 
@@ -27,6 +28,8 @@ class Wanted:
         seed: Of CMA-ES, and of configs without one.
         evaluations: The number of merges that CMA-ES may ask for, rounded up to whole generations.
         ray: Whether CMA-ES uses Ray workers.
+        agree: Texts of fine-tuned models, ``NAME=FILE``: they are the score.
+        agree_by: What agreement is measured by; None leaves it to the kind of model.
 
     """
 
@@ -39,6 +42,8 @@ class Wanted:
     seed: int = 42
     evaluations: int = 24
     ray: bool = False
+    agree: Sequence[str] = ()
+    agree_by: str | None = None
 
 
 def search(wanted: Wanted) -> None:
@@ -49,10 +54,27 @@ def search(wanted: Wanted) -> None:
 
     """
     config = grid.read_config(wanted.config)
-    if "genome" in config:
+    if wanted.agree:
+        _refuse_beside_agree(config, wanted)
+        weights.search(wanted)
+    elif "genome" in config:
         _search_genome(config, wanted)
     else:
         _search_grid(config, wanted)
+
+
+def _refuse_beside_agree(config: dict[str, Any], wanted: Wanted) -> None:
+    given = {
+        "--grid": wanted.grid,
+        "--score": wanted.score,
+        "--minimize": wanted.minimize,
+        "--ray": wanted.ray,
+        "a genome": "genome" in config,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            message = f"--agree and {name} do not go together: it searches weights by its own score"
+            raise SearchError(message)
 
 
 def _search_grid(config: dict[str, Any], wanted: Wanted) -> None:

@@ -56,7 +56,7 @@ def merge(config: dict[str, Any], folder: Path) -> Path:
     """Merge as ``mergekit-yaml`` does, and return where the merge is."""
     (folder / "config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     arguments = [str(folder / "config.yml"), str(folder / "merged"), "--quiet"]
-    arguments += ["--lora-merge-cache", str(folder / "cache")]
+    arguments += ["--lora-merge-cache", str(folder / "cache"), "--lora-merge-dtype", "float32"]
     run_yaml.main.main(args=arguments, standalone_mode=False)
     return folder / "merged"
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from search import SearchError
-from search.agreement import coordinates, measure, score, texts
+from search.agreement import coordinates, judged, measure, score, texts
 from search.agreement.config import Merge, arguments
 from search.agreement.in_memory import Models
 from search.agreement.listening import Listener, tokenized
@@ -289,9 +289,11 @@ def test_search_goes_on_and_its_best_can_be_merged(
 
 @pytest.mark.slow
 def test_measurement_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "EVALUATIONS", 2)
+    monkeypatch.setattr(judged, "EVALUATIONS", 2)
+    monkeypatch.setattr(measure, "FOLDER", tmp_path)  # no example models
     arguments = ["measure", "--toy", "--folder", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", [*arguments, "--results", str(tmp_path)])
     measure.main()
     lines = (tmp_path / "measured.csv").read_text().splitlines()
+    assert measure.table(measure.read(tmp_path / "measured.csv"))
     assert len(lines) == 1 + 2 * (3 + 2 * 2 + 2 + 4 * 3)  # families, ways

@@ -31,7 +31,7 @@ def problems(model: ModelDescription, folder: Path) -> list[str]:
 
     """
     if not folder.is_dir():
-        return [f"there is no folder {cut(str(folder))}, the adapter"]
+        return [f"there is no adapter folder {cut(str(folder))}"]
     if not (folder / CONFIG).is_file():
         return [f"{folder} is not an adapter: it has no {CONFIG}"]
     try:

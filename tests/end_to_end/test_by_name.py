@@ -495,7 +495,11 @@ def pickle(model: Path, parts: int = 1) -> None:
         index.write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("options", [[], ["--lazy-unpickle"], ["--no-safe-serialization"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--lazy-unpickle"], ["--no-safe-serialization"]],
+    ids=["plain", "lazy-unpickle", "pickled-output"],
+)
 def test_pickled_weights(options: list[str], llamas: Path, tmp_path: Path) -> None:
     models = copies(llamas, tmp_path / "models")
     pickle(models / "base", parts=3)

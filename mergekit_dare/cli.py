@@ -39,9 +39,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except click.exceptions.Exit:
-            raise
-        except click.ClickException:
+        except (click.exceptions.Exit, click.ClickException):
             raise
         except KeyboardInterrupt:  # click's own code for it, 1, means a verdict here
             sys.exit(INTERRUPTED)

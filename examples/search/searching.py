@@ -56,7 +56,7 @@ def search(wanted: Wanted) -> None:
     config = grid.read_config(wanted.config)
     if wanted.agree:
         _refuse_beside_agree(config, wanted)
-        weights.search(wanted)
+        weights.search(config, wanted)
     elif "genome" in config:
         _search_genome(config, wanted)
     else:

@@ -29,7 +29,7 @@ def source_of(examination: Examination, donor: ModelReference) -> ModelReference
 
     """
     config = examination.config
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    source = tokenizer.source_of(config)
     if source is None:
         return donor
     needs = "which tensors have rows of tokens is not told by names; merge with mergekit-yaml"

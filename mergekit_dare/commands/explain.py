@@ -57,8 +57,9 @@ def _explain(path: str, name: str | None) -> Explanation:
 
     """
     mergekit_dare.register()
-    document = reading.choose(path, name)
-    made_here = {other.name for other in reading.read(path) if other.name}
+    documents = reading.read(path)
+    document = reading.choose_among(documents, name)
+    made_here = {other.name for other in documents if other.name}
     examination = Examination(document, made_here=made_here)
     for model in document.model_nodes:
         if model.model.path in made_here:

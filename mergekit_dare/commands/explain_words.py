@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
+from mergekit_dare.diagnostics.models import tokenizer
 from mergekit_dare.diagnostics.plan import filters, grouping, patterns, tasks
 from mergekit_dare.diagnostics.plan.explanation import ExplainedTensor, Explanation
 
@@ -191,8 +192,7 @@ def _lacking(explanation: Explanation, labels: Labels) -> Iterator[str]:
 
 def tokenizer_source(explanation: Explanation) -> str | None:
     """Return what the config says of the tokenizer."""
-    config = explanation.plan.config
-    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    source = tokenizer.source_of(explanation.plan.config)
     return None if source is None else str(source)
 
 

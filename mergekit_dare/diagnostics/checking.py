@@ -130,12 +130,12 @@ class _Checking:
         if plan.is_of_single_files:
             return findings + self.run(plan_rules.OF_SINGLE_FILES, plan)
         findings += self._of_models_together(examination)
-        if not _has_error(findings) and not plan.would_fetch_weights:
-            findings += self.run(plan_rules.OF_PLANNING, plan)
+        if _has_error(findings) or plan.would_fetch_weights:
+            return findings
+        findings += self.run(plan_rules.OF_PLANNING, plan)
+        for rules in (plan_rules.OF_A_PLAN, plan_rules.OF_THE_OUTPUT):
             if not _has_error(findings) and plan.refusal is None:
-                findings += self.run(plan_rules.OF_A_PLAN, plan)
-            if not _has_error(findings) and plan.refusal is None:
-                findings += self.run(plan_rules.OF_THE_OUTPUT, plan)
+                findings += self.run(rules, plan)
         return findings
 
     def _of_models_together(self, examination: Examination) -> list[Finding]:

@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dare.diagnostics.config.document import Document
+from mergekit_dare.diagnostics.models import tokenizer
 from mergekit_dare.diagnostics.models.compatibility import Comparison
 from mergekit_dare.diagnostics.models.examined import ExaminedModels
 from mergekit_dare.diagnostics.models.soundness import NamedModel
@@ -80,7 +81,7 @@ class Examination:
         donor = models.get(config.base_model or config.referenced_models()[0])
         if donor is None:
             return []
-        source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+        source = tokenizer.source_of(config)
         named_source = models.get(source) if isinstance(source, ModelReference) else None
         template_of = named_source if isinstance(source, ModelReference) else donor
         return [

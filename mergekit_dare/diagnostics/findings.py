@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -78,6 +78,17 @@ def without_middle(line: str) -> str:
 def reason(error: BaseException) -> str:
     """Return an error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def some_tensors(names: Sequence[str]) -> str:
+    """Name the first of several tensors, and count the others."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {cut(names[0])}{more}"
+
+
+def are(names: Sequence[str]) -> str:
+    """Return the verb for so many."""
+    return "are" if len(names) > 1 else "is"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

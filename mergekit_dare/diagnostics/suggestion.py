@@ -14,11 +14,12 @@ from mergekit_dare.diagnostics import checking
 from mergekit_dare.diagnostics.config.document import Document
 from mergekit_dare.diagnostics.config.reading import parse
 from mergekit_dare.diagnostics.deltas import inspection
-from mergekit_dare.diagnostics.deltas.excerpts import DTYPES
 from mergekit_dare.diagnostics.examination import Examination
 from mergekit_dare.diagnostics.findings import Finding, Severity
 from mergekit_dare.diagnostics.models.compatibility import helpful_settings
 from mergekit_dare.diagnostics.models.files import looks_like_a_hub_name
+from mergekit_dare.kernel.formula import dtype_name
+from mergekit_dare.plugin.headers import FLOATS
 
 SEED = 42
 # Written where nothing was measured.
@@ -121,8 +122,8 @@ def _dtype(draft: Examination) -> str | None:
     """Return the dtype that most of the base model's tensors have."""
     assert draft.config.base_model is not None  # a suggestion names one
     stored = draft.models[draft.config.base_model].files.tensors.values()
-    counts = Counter(tensor.dtype for tensor in stored if tensor.dtype in DTYPES)
-    return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.") if counts else None
+    counts = Counter(tensor.dtype for tensor in stored if tensor.dtype in FLOATS)
+    return dtype_name(FLOATS[counts.most_common(1)[0][0]]) if counts else None
 
 
 def _of_models(examination: Examination, models: Sequence[str]) -> list[OfModel]:

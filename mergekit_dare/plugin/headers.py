@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 
+# By the names that safetensors gives them: those of weights, and those of buffers, too.
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 LARGEST = 100_000_000  # bytes of a header; the format's own limit
 
 

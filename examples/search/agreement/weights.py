@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from search import SearchError, evaluation, grid, report
+from search import SearchError, evaluation, report
 from search.agreement import coordinates, score, texts
-from search.agreement.config import Merge
+from search.agreement.config import Config, Merge
 from search.agreement.score import By
 from search.agreement.texts import Texts
 from search.scores import Scores, Scoring, number
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
     from search.searching import Wanted
 
 
-def search(wanted: Wanted) -> None:
+def search(config: Config, wanted: Wanted) -> None:
     """Search, and report whatever has a score, even if the search is stopped.
 
     Raises:
         SearchError: something is wrong; nearly all of it is found before any model is loaded.
 
     """
-    config = grid.read_config(wanted.config)
     evaluation.use_our_methods(str(config.get("merge_method")))
     merge = Merge(config)
     names = list(merge.models)

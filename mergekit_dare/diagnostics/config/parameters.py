@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
@@ -57,11 +59,18 @@ def shared_parameter_of_a_model(document: Document) -> Findings:
             yield document.finding(key, message)
 
 
+def _effective(document: Document) -> Iterator[tuple[ParameterSpec, ScalarNode, Node]]:
+    """Yield each setting, except those of shared parameters for one model."""
+    for known, key, node, is_model in document.settings():
+        if not (is_model and known.scope == ParameterScope.SHARED):
+            yield known, key, node
+
+
 @rule
 def parameter_without_a_value(document: Document) -> Findings:
     """Find a parameter with nothing after its colon."""
-    for known, key, value, is_model in document.settings():
-        if is_null(value) and not (is_model and known.scope == ParameterScope.SHARED):
+    for known, key, value in _effective(document):
+        if is_null(value):
             message = f"{known.name} has no value; give one, or remove the line"
             yield document.finding(key, message)
 
@@ -69,9 +78,7 @@ def parameter_without_a_value(document: Document) -> Findings:
 @rule
 def invalid_parameter_value(document: Document) -> Findings:
     """Find a value that the merge method refuses, also in gradients and lists of filters."""
-    for known, key, node, is_model in document.settings():
-        if is_model and known.scope == ParameterScope.SHARED:
-            continue
+    for known, key, node in _effective(document):
         if not _is_conditional(node):
             yield from _refused(document, known, key, node)
             continue
@@ -134,9 +141,7 @@ def _kind(known: ParameterSpec) -> str:
 @rule
 def empty_gradient(document: Document) -> Findings:
     """Find a parameter whose value is an empty list."""
-    for known, key, node, is_model in document.settings():
-        if is_model and known.scope == ParameterScope.SHARED:
-            continue
+    for known, key, node in _effective(document):
         values: list[Node | None] = [node]
         if _is_conditional(node):
             values = [get(c, "value") for c in _conditions(node) if isinstance(c, MappingNode)]
@@ -147,10 +152,8 @@ def empty_gradient(document: Document) -> Findings:
 @rule
 def unreachable_filter(document: Document) -> Findings:
     """Find an entry in a list of filters after one that already matches every tensor."""
-    for known, _, node, is_model in document.settings():
-        if not _is_conditional(node) or (is_model and known.scope == ParameterScope.SHARED):
-            continue
-        conditions = _conditions(node)
+    for known, _, node in _effective(document):
+        conditions = _conditions(node) if _is_conditional(node) else []
         for index, condition in enumerate(conditions):
             has_value = isinstance(condition, MappingNode) and get(condition, "value") is not None
             if has_value and any(map(_matches_every_tensor, conditions[:index])):
@@ -168,10 +171,8 @@ def _matches_every_tensor(condition: Node) -> bool:
 @rule
 def unfiltered_tensors(document: Document) -> Findings:
     """Find a list of filters that leaves some tensors without a required value."""
-    for known, key, node, is_model in document.settings():
+    for known, key, node in _effective(document):
         if not known.required or not _is_conditional(node):
-            continue
-        if is_model and known.scope == ParameterScope.SHARED:
             continue
         if not any(map(_matches_every_tensor, _conditions(node))):
             message = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -80,13 +81,17 @@ def choose(path: str, name: str | None) -> Document:
         UnusableFileError: as :func:`read`, or there is no such config, or more than one.
 
     """
-    documents = read(path)
+    return choose_among(read(path), name)
+
+
+def choose_among(documents: Sequence[Document], name: str | None) -> Document:
+    """Return the only document of a file, or the one of that name; raises as :func:`choose`."""
     found = [document for document in documents if name is None or document.name == name]
     if len(found) == 1:
         return found[0]
     names = ", ".join(document.name or "one without a name" for document in documents)
     what = f"has no config {name}" if not found else f"has {len(found)} configs"
-    raise UnusableFileError(f"{path} {what}; choose one of these with --name: {names}")
+    raise UnusableFileError(f"{documents[0].path} {what}; choose one of these with --name: {names}")
 
 
 def _read_text(path: str) -> str:

@@ -20,7 +20,7 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from torch import Tensor
 
 from mergekit_dare.plugin import headers
-from mergekit_dare.plugin.headers import StoredTensor
+from mergekit_dare.plugin.headers import FLOATS, StoredTensor
 
 # From each tensor: this share of its elements, but at least LEAST if it has that many.
 SHARE = 1 / 128
@@ -28,14 +28,6 @@ LEAST = 1 << 16
 # Elements in a block: in bfloat16, a page of a file.
 BLOCK = 2048
 _GOLDEN = (math.sqrt(5) - 1) / 2
-
-# By the names of safetensors; tensors of other dtypes have no deltas.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 def starts(count: int, ahead: int = 0) -> list[int] | None:
@@ -203,9 +195,9 @@ class _MappedFile:
     def find(self, name: str) -> _MappedTensor | None:
         """Return a tensor; ``None`` if it has no deltas, or cannot be mapped."""
         stored = self.tensors.get(name)
-        if stored is None or stored.dtype not in DTYPES:
+        if stored is None or stored.dtype not in FLOATS:
             return None
-        dtype, count = DTYPES[stored.dtype], math.prod(stored.shape)
+        dtype, count = FLOATS[stored.dtype], math.prod(stored.shape)
         if count == 0 or stored.first % dtype.itemsize:
             return None
         with warnings.catch_warnings():

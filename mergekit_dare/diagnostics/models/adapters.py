@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import torch
 
-from mergekit_dare.diagnostics.findings import cut, reason
+from mergekit_dare.diagnostics.findings import cut, reason, some_tensors
 from mergekit_dare.diagnostics.models import loading
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.files import read_json
@@ -68,12 +68,12 @@ def _misfits(
     except Exception as error:  # of peft, transformers, torch
         return [f"adapter {folder} does not fit {base}: {cut(reason(error))}"]
     if strange and len(strange) == len(stored):
-        return [f"no tensor of adapter {folder} fits {base}: it has {_some(strange)}"]
+        return [f"no tensor of adapter {folder} fits {base}: it has {some_tensors(strange)}"]
     found = []
     if missing:
-        found.append(f"adapter {folder} lacks {_some(missing)}, which its {CONFIG} asks for")
+        found.append(f"adapter {folder} lacks {some_tensors(missing)}, which its {CONFIG} asks for")
     if strange:
-        found.append(f"adapter {folder} has {_some(strange)}, for which {base} has no place")
+        found.append(f"adapter {folder} has {some_tensors(strange)}, for which {base} has no place")
     return found
 
 
@@ -98,8 +98,3 @@ def _load(
     # Of the model itself, nothing need be in an adapter; its own tensors bear an adapter's name.
     missing = [name for name in result.missing_keys if ".default" in name]
     return missing, list(result.unexpected_keys)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor {cut(names[0])}{more}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from mergekit.architecture import arch_info_for_config
 
-from mergekit_dare.diagnostics.findings import Severity, cut, shown
+from mergekit_dare.diagnostics.findings import Severity, are, cut, shown
 from mergekit_dare.diagnostics.models import tokenizer
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.soundness import NamedModel
@@ -242,14 +242,14 @@ def unknown_tokens(compared: Comparison) -> Findings:
     there = [token for token in theirs if token not in ours]
     if here:
         message = (
-            f"{_number(here)} of {model.name} ({_examples(map(repr, here))}) {_are(here)} unknown "
+            f"{_number(here)} of {model.name} ({_examples(map(repr, here))}) {are(here)} unknown "
             f"to {donor.name}, whose tokenizer the merged model inherits; set tokenizer_source: "
             f"union, or {model.name}"
         )
         yield compared.finding(message, WARNING)
     elif there:
         message = (
-            f"{_number(there)} of {donor.name} ({_examples(map(repr, there))}) {_are(there)} not "
+            f"{_number(there)} of {donor.name} ({_examples(map(repr, there))}) {are(there)} not "
             f"in {model.name}, so whatever is in their rows is merged; set tokenizer_source: base"
         )
         yield compared.finding(message, WARNING)
@@ -266,7 +266,7 @@ def tokens_left_out(compared: Comparison) -> Findings:
     if left:
         message = (
             f"{_number(left)} of {compared.model.name} ({_examples(map(repr, left))}) "
-            f"{_are(left)} not in the tokenizer of {chosen.name}, which tokenizer_source chooses; "
+            f"{are(left)} not in the tokenizer of {chosen.name}, which tokenizer_source chooses; "
             "tokenizer_source: union keeps them"
         )
         yield compared.finding(message, Severity.HINT)
@@ -363,10 +363,6 @@ def _number(tokens: list[str]) -> str:
 
 def _have(tokens: list[str]) -> str:
     return "has" if len(tokens) == 1 else "have"
-
-
-def _are(tokens: list[str]) -> str:
-    return "is" if len(tokens) == 1 else "are"
 
 
 def _examples(texts: Iterable[str]) -> str:

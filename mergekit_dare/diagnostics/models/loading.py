@@ -12,17 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from mergekit_dare.diagnostics.models.description import ModelDescription
-from mergekit_dare.plugin.headers import StoredTensor
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
+from mergekit_dare.plugin.headers import DTYPES, StoredTensor
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from mergekit.io import ShardedTensorIndex
 
 from mergekit_dare.diagnostics.findings import UnusableFileError, cut, reason
+from mergekit_dare.kernel.formula import dtype_name
 from mergekit_dare.plugin import headers
-from mergekit_dare.plugin.headers import StoredTensor
+from mergekit_dare.plugin.headers import FLOATS, StoredTensor
 
 # Buffers that older files have, and that are made anew when a model is loaded.
 BUFFERS = ("inv_freq", "position_ids", "masked_bias", ".attn.bias", "rotary_emb.cos_cached")
@@ -60,6 +61,5 @@ def _read(file: Path) -> Mapping[str, StoredTensor]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name as safetensors has it; all else is no weight to it."""
-    floats = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    floats[torch.float64] = "F64"
-    return floats.get(dtype, str(dtype).removeprefix("torch.").upper())
+    floats = {found: name for name, found in FLOATS.items()}
+    return floats.get(dtype, dtype_name(dtype).upper())

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
 from mergekit_dare.diagnostics.models.files import ModelFiles, read_json
 
 # Where a tokenizer's tokens are: in the first of these that exists.
@@ -36,6 +39,11 @@ class Vocabulary:
     ids: dict[str, int] = field(default_factory=dict)
     special: dict[str, str] = field(default_factory=dict)
     template: str | None = None
+
+
+def source_of(config: MergeConfiguration) -> ModelReference | str | None:
+    """Return the tokenizer that a config chooses: a model's, ``base``, ``union``, or none."""
+    return config.tokenizer.source if config.tokenizer else config.tokenizer_source
 
 
 def read(files: ModelFiles) -> Vocabulary | None:

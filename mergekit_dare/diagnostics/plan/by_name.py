@@ -23,7 +23,7 @@ from mergekit.io.tasks import SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_dare.diagnostics.findings import cut
+from mergekit_dare.diagnostics.findings import are, cut
 from mergekit_dare.diagnostics.models.stored import BUFFERS, is_floating, stored_tensors
 from mergekit_dare.diagnostics.plan import planning
 from mergekit_dare.plugin.headers import StoredTensor
@@ -116,7 +116,7 @@ def _refuse_other_tensors(
         weights = [name for name in its if is_floating(its[name]) and not name.endswith(BUFFERS)]
         if lacking := [name for name in weights if name not in others]:
             raise NotByNameError(
-                f"{_some(lacking)} of {one} {_are(lacking)} not in {other}: to be merged by name, "
+                f"{_some(lacking)} of {one} {are(lacking)} not in {other}: to be merged by name, "
                 "models need the same names; save both with the same version of transformers"
             )
     for name in filter(theirs.__contains__, ours):
@@ -137,10 +137,6 @@ def _some(names: list[str]) -> str:
 
 def _examples(names: list[str]) -> str:
     return ", ".join(map(cut, names[:EXAMPLES])) + (", ..." if len(names) > EXAMPLES else "")
-
-
-def _are(names: list[str]) -> str:
-    return "are" if len(names) > 1 else "is"
 
 
 def _positions(names: Iterable[str], config: MergeConfiguration) -> dict[str, float]:

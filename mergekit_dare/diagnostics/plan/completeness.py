@@ -17,7 +17,7 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods import OptionalTensorPolicy
 
-from mergekit_dare.diagnostics.findings import Severity, cut, reason
+from mergekit_dare.diagnostics.findings import Severity, are, cut, reason, some_tensors
 from mergekit_dare.diagnostics.models import loading
 from mergekit_dare.diagnostics.models.description import ModelDescription
 from mergekit_dare.diagnostics.models.files import examine
@@ -33,47 +33,46 @@ MOST_PARTS = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comes of loading the merged model, beside the model whose settings it takes.
+    """What comes of loading the merged model.
 
     Attributes:
-        before: What transformers makes of that model; ``None`` if its class is not known.
-        after: What it makes of the merged one; ``None`` if it cannot load it.
-        refusal: Why it cannot.
+        lost: The parameters that it lacks, and the donor does not.
+        refusal: Why transformers cannot load it.
 
     """
 
-    before: Loading | None = None
-    after: Loading | None = None
+    lost: frozenset[str] = frozenset()
     refusal: str | None = None
-
-    @property
-    def lost(self) -> frozenset[str]:
-        """The parameters that only the merged model lacks."""
-        if self.before is None or self.after is None:
-            return frozenset()
-        return self.after.missing - self.before.missing
 
 
 @functools.lru_cache(maxsize=8)
 def outcome(plan: MergePlan) -> Outcome:
-    """Load the merged model on the meta device, unless it stores all that the donor stores.
+    """Load the merged model without data, unless it stores all that the donor stores.
 
     Nothing is known of a merge of slices, whose layers are not those of the donor.
     """
-    if plan.is_of_slices:
-        return Outcome()
-    donor = plan.models[donor_of(plan)]
+    donor = plan.models[plan.donor]
     merged = _merged(plan)
-    try:
-        before = loading.load(donor, donor.files.tensors)
-    except Exception:  # code of its own, or settings of another release: nothing is known
+    if plan.is_of_slices or donor.files.tensors.keys() <= merged.keys():
         return Outcome()
-    if before is None or donor.files.tensors.keys() <= merged.keys():
-        return Outcome(before, before)
+    before = as_stored(plan)
+    if before is None:
+        return Outcome()
     try:
-        return Outcome(before, loading.load(donor, merged))
+        after = loading.load(donor, merged)
     except Exception as error:
-        return Outcome(before, None, reason(error))
+        return Outcome(refusal=reason(error))
+    return Outcome() if after is None else Outcome(after.missing - before.missing)
+
+
+@functools.lru_cache(maxsize=8)
+def as_stored(plan: MergePlan) -> Loading | None:
+    """Load the donor without data; ``None`` if its class is not known."""
+    donor = plan.models[plan.donor]
+    try:
+        return loading.load(donor, donor.files.tensors)
+    except Exception:  # code of its own, or settings of another release
+        return None
 
 
 def warning_of(model: ModelReference, folder: str, planned: Iterable[str]) -> str | None:
@@ -105,7 +104,7 @@ def warning_of(model: ModelReference, folder: str, planned: Iterable[str]) -> st
 
 def is_whole(plan: MergePlan) -> bool:
     """Tell whether the donor has all that its class needs, so far as that is known."""
-    before = outcome(plan).before
+    before = None if plan.is_of_slices else as_stored(plan)
     return before is not None and not before.missing
 
 
@@ -113,11 +112,6 @@ def have_the_same_names(plan: MergePlan) -> bool:
     """Tell whether all models store tensors of the same names."""
     names = [plan.models[m].files.tensors.keys() for m in plan.config.referenced_models()]
     return bool(names[0]) and all(other == names[0] for other in names)
-
-
-def donor_of(plan: MergePlan) -> ModelReference:
-    """Return the model whose settings the merged model takes."""
-    return plan.base or plan.config.referenced_models()[0]
 
 
 def _merged(plan: MergePlan) -> dict[str, StoredTensor]:
@@ -144,11 +138,11 @@ def _is_merged(tensor: PlannedTensor) -> bool:
 
 def what_is_lost(plan: MergePlan) -> str | None:
     """Say what the merged model lacks, and why; ``None`` if nothing, or if that is not known."""
-    found = outcome(plan)
-    if not found.lost or found.before is None:
+    lost, before = outcome(plan).lost, as_stored(plan)
+    if not lost or before is None:
         return None
     return (
-        f"the merged model lacks {in_words(found.lost, found.before.parameters)}: mergekit's "
+        f"the merged model lacks {in_words(lost, before.parameters)}: mergekit's "
         "description of this architecture leaves them out, and transformers fills them with random "
         f"numbers; {BY_NAME}"
     )
@@ -160,30 +154,31 @@ def lost_weights(plan: MergePlan) -> Findings:
     refusal = outcome(plan).refusal
     if refusal is not None:
         message = f"transformers could not load the merged model: {cut(refusal)}; {BY_NAME}"
-        yield plan.finding(donor_of(plan), message)
+        yield plan.finding(plan.donor, message)
     elif (lost := what_is_lost(plan)) is not None:
-        yield plan.finding(donor_of(plan), lost)
+        yield plan.finding(plan.donor, lost)
 
 
 @rule
 def left_out_tensor(plan: MergePlan) -> Findings:
     """Find a tensor of the base model that is in no output."""
-    donor, found = donor_of(plan), outcome(plan)
+    donor, found = plan.donor, outcome(plan)
     left = [] if plan.is_of_slices or found.lost or found.refusal else left_out(plan, donor)
-    if left and found.before is None:
+    if not left:
+        return
+    before = as_stored(plan)
+    if before is None:
         message = (
-            f"{some(left)} of {donor} {are(left)} in no output: mergekit's description of this "
-            "architecture does not name them, and the merged model will lack them"
+            f"{some_tensors(left)} of {donor} {are(left)} in no output: mergekit's description of "
+            "this architecture does not name them, and the merged model will lack them"
         )
         yield plan.finding(donor, message, Severity.WARNING)
-    elif found.before is not None:
-        left = [name for name in left if name not in found.before.used]
-        if left:
-            message = (
-                f"{some(left)} of {donor} {are(left)} in no output, and its class does not use "
-                f"{'it' if len(left) == 1 else 'them'}"
-            )
-            yield plan.finding(donor, message, Severity.HINT)
+    elif left := [name for name in left if name not in before.used]:
+        message = (
+            f"{some_tensors(left)} of {donor} {are(left)} in no output, and its class does not use "
+            f"{'it' if len(left) == 1 else 'them'}"
+        )
+        yield plan.finding(donor, message, Severity.HINT)
 
 
 # Settings that say whether a model has some of its tensors.
@@ -193,7 +188,7 @@ _SWITCHES = ("attention_bias", "qkv_bias", "mlp_bias", "use_bias", "use_qk_norm"
 @rule
 def only_in_a_fine_tuned_model(plan: MergePlan) -> Findings:
     """Find tensors that only a fine-tuned model has, so that they are not merged."""
-    donor = donor_of(plan)
+    donor = plan.donor
     of_donor = plan.models[donor]
     for model in [] if plan.is_of_slices or not of_donor.files.tensors else plan.nodes:
         described = plan.models[model]
@@ -278,17 +273,6 @@ def _group_in_words(pattern: str, parts: list[str], is_parameter: bool) -> str:
     others = f" and {more} more layer{'s' if more > 1 else ''}" if more else ""
     what = "all" if steps[-1] == "*" else f"the {what}"
     return f"{what} of layer {first}{others} ({pattern})"
-
-
-def some(names: list[str]) -> str:
-    """Name the first of several tensors."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor {cut(names[0])}{more}"
-
-
-def are(names: list[str]) -> str:
-    """Return the verb for so many."""
-    return "are" if len(names) > 1 else "is"
 
 
 RULES = (lost_weights, left_out_tensor, only_in_a_fine_tuned_model)

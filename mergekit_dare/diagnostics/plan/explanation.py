@@ -21,12 +21,11 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dare.diagnostics.plan import tasks
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan, PlannedTensor
-from mergekit_dare.plugin.headers import StoredTensor
+from mergekit_dare.kernel.formula import dtype_name
+from mergekit_dare.plugin.headers import FLOATS, StoredTensor
 from mergekit_dare.plugin.methods import DareMethod
 
 Values = Mapping[str, Any]
-# Those of safetensors' names that torch has others for.
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,8 @@ class Explanation:
         dtype = save.dtype or task.out_dtype or forced
         if dtype is not None:
             return str(dtype).removeprefix("torch.")
-        return None if stored is None else _DTYPES.get(stored.dtype)
+        stored_as = None if stored is None else FLOATS.get(stored.dtype)
+        return None if stored_as is None else dtype_name(stored_as)
 
     def _stays(self, task: ExecuteMergeMethodTask, models: Collection[ModelReference]) -> bool:
         if not self.changes_a_base or task.base_model is None or task.base_model not in models:

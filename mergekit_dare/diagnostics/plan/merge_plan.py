@@ -71,6 +71,11 @@ class MergePlan:
         return self.config.base_model
 
     @property
+    def donor(self) -> ModelReference:
+        """The model whose settings the merged model takes: the base model, else the first."""
+        return self.base or self.config.referenced_models()[0]
+
+    @property
     def nodes(self) -> Mapping[ModelReference, Node]:
         """Where each model is first named."""
         return self.document.model_nodes

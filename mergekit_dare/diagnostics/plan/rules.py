@@ -16,33 +16,26 @@ from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from mergekit_dare.diagnostics.config.nodes import get
-from mergekit_dare.diagnostics.findings import Severity, cut, reason
-from mergekit_dare.diagnostics.models.loading import DTYPES
+from mergekit_dare.diagnostics.findings import Severity, are, cut, reason, some_tensors
 from mergekit_dare.diagnostics.plan import completeness, tasks
-from mergekit_dare.diagnostics.plan.completeness import (
-    BY_NAME,
-    are,
-    donor_of,
-    have_the_same_names,
-    is_whole,
-    some,
-)
+from mergekit_dare.diagnostics.plan.completeness import BY_NAME, have_the_same_names, is_whole
 from mergekit_dare.diagnostics.plan.filters import unmatched_filter
 from mergekit_dare.diagnostics.plan.merge_plan import MergePlan
 from mergekit_dare.diagnostics.rules import Findings, rule
 from mergekit_dare.kernel.formula import dtype_name
+from mergekit_dare.plugin.headers import DTYPES
 
 
 @rule
 def missing_in_a_file(plan: MergePlan) -> Findings:
     """Find a tensor that is missing from one of several single files."""
-    base = plan.base or plan.config.referenced_models()[0]
+    base = plan.donor
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         missing = [name for name in ours if name not in theirs]
         if ours and theirs and missing:  # else pickled: names are not known
             message = (
-                f"{some(missing)} of {base} {are(missing)} missing from {model}; "
+                f"{some_tensors(missing)} of {base} {are(missing)} missing from {model}; "
                 "mergekit-pytorch needs --tensor-intersection or --tensor-union"
             )
             yield plan.finding(model, message, Severity.WARNING)
@@ -51,7 +44,7 @@ def missing_in_a_file(plan: MergePlan) -> Findings:
 @rule
 def different_shape_in_a_file(plan: MergePlan) -> Findings:
     """Find a tensor whose shape differs between single files."""
-    base = plan.base or plan.config.referenced_models()[0]
+    base = plan.donor
     for model in plan.nodes:
         ours, theirs = (plan.models[m].files.tensors for m in (base, model))
         for name in ours.keys() & theirs.keys():
@@ -105,19 +98,20 @@ def missing_tensor(plan: MergePlan) -> Findings:
             continue
         for model in lacking:
             missing.setdefault(model, []).append(weight.name)
-    donor = donor_of(plan)
-    asked_in_vain = set(missing.get(donor, ())) if is_whole(plan) else set()
+    donor = plan.donor
+    asked_in_vain = missing[donor] if donor in missing and is_whole(plan) else []
     if asked_in_vain:
-        names = [name for name in missing[donor] if name in asked_in_vain]
         message = (
-            f"mergekit's description of this architecture asks for {some(names)}, which {donor} "
-            f"does not have, and does not need; {BY_NAME}"
+            f"mergekit's description of this architecture asks for {some_tensors(asked_in_vain)}, "
+            f"which {donor} does not have, and does not need; {BY_NAME}"
         )
         yield plan.finding(donor, message)
     for model, names in missing.items():
         names = [name for name in names if name not in asked_in_vain]
         if names:
-            message = f"the merge needs {some(names)}, which {are(names)} missing from {model}"
+            message = (
+                f"the merge needs {some_tensors(names)}, which {are(names)} missing from {model}"
+            )
             yield plan.finding(model, message)
 
 
@@ -165,7 +159,7 @@ def different_shape(plan: MergePlan) -> Findings:
 @rule
 def tokens_without_rows(plan: MergePlan) -> Findings:
     """Find tokens of the merged model's tokenizer for which its embeddings have no row."""
-    donor = donor_of(plan)
+    donor = plan.donor
     vocabulary = plan.models[donor].vocabulary
     if vocabulary is None or plan.config.tokenizer or plan.config.tokenizer_source:
         return  # with these, mergekit makes a row for each token
@@ -191,7 +185,7 @@ def mixed_dtypes(plan: MergePlan) -> Findings:
     """Find models whose dtypes differ, without a dtype in the config: the result is wider."""
     if plan.config.dtype or plan.config.out_dtype:
         return
-    donor = donor_of(plan)
+    donor = plan.donor
     for tensor in plan.tensors:
         stored = {m: DTYPES[s.dtype] for m, s in tensor.inputs.items() if s and s.dtype in DTYPES}
         own = stored.get(donor)
